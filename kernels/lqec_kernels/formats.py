@@ -1,0 +1,248 @@
+"""What a compressed weight is made of: operators whose sum is the weight.
+
+    y = T_out( base( T_in(x) ) ) + Σ correction(x)
+
+Every operator is a frozen dataclass registered as a pytree: arrays are leaves, sizes are static. All
+matrices are [d_in, d_out]; arrays may carry leading axes (a stack of layers), which the products do
+not see because `scan` and `vmap` take them away first.
+
+A base says how it is cut by output column: `columns()` returns arrays whose last axis is d_out, and
+`layout.dense(columns)` gives the dense weight of just those columns. That pair is all a product, a
+writer or a sharding rule needs, so a new base touches neither models nor training.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from lqec_kernels.packing import pack, unpack
+
+STATIC = {"static": True}
+
+
+def static(**options: Any) -> Any:
+    """Declares a field that is part of the tree's structure, not one of its leaves."""
+    return field(metadata=STATIC, **options)
+
+
+def stored_bits(*arrays: jax.Array | None) -> int:
+    """Counts the bits that arrays take on disk; reads shapes only."""
+    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize * 8 for a in arrays if a is not None)
+
+
+class Layout(Protocol):
+    """The static half of a base: hashable, turns its columns into dense ones."""
+
+    def dense(self, columns: tuple, dtype: Any) -> jax.Array: ...
+
+
+class Base(Protocol):
+    """A stored weight."""
+
+    d_in: int
+    d_out: int
+    layout: Layout
+
+    def columns(self) -> tuple: ...
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array: ...
+    def stored_bits(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DenseLayout:
+    """A weight stored as it is."""
+
+    def dense(self, columns: tuple, dtype: Any) -> jax.Array:
+        return columns[0].astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense:
+    """An uncompressed base: w [d_in, d_out]."""
+
+    w: jax.Array
+
+    @property
+    def d_in(self) -> int:
+        return self.w.shape[-2]
+
+    @property
+    def d_out(self) -> int:
+        return self.w.shape[-1]
+
+    @property
+    def layout(self) -> DenseLayout:
+        return DenseLayout()
+
+    def columns(self) -> tuple:
+        return (self.w,)
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        return self.w.astype(dtype)
+
+    def stored_bits(self) -> int:
+        return stored_bits(self.w)
+
+
+@dataclass(frozen=True)
+class AffineLayout:
+    """How Affine's columns become a dense weight."""
+
+    bits: int
+    group_size: int
+    d_in: int
+
+    def dense(self, columns: tuple, dtype: Any) -> jax.Array:
+        words, scales, zeros = columns
+        *lead, _, n = words.shape
+        codes = unpack(words, self.bits, self.d_in).astype(jnp.float32)
+        codes = codes.reshape(*lead, -1, self.group_size, n)  # [..., groups, group_size, n]
+        zero = 2.0 ** (self.bits - 1) if zeros is None else zeros.astype(jnp.float32)[..., None, :]
+        w = (codes - zero) * scales.astype(jnp.float32)[..., None, :]
+        return w.reshape(*lead, self.d_in, n).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Affine:
+    """A uniform grid per group of inputs.
+
+    w[i, o] = (codes[i, o] - zeros[i // group_size, o]) · scales[i // group_size, o]
+
+    Invariants: 0 <= codes < 2**bits; group_size divides d_in; with zeros None the grid is symmetric
+    about code 2**(bits-1); packed zeros obey 0 <= zeros < 2**bits.
+
+    Attributes:
+      codes: uint32 [..., ceil(d_in/32)·bits, d_out], see `packing`.
+      scales: float16 (float32 by option) [..., d_in/group_size, d_out], in units of the weight.
+      zeros: None; or uint32 [..., groups, ceil(d_out/32)·bits], integers packed along d_out; or
+        floating [..., groups, d_out]. In units of codes.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    bits: int = static()
+    group_size: int = static()
+    d_in: int = static()
+
+    @classmethod
+    def from_codes(cls, codes, scales, zeros, *, bits: int, group_size: int) -> "Affine":
+        """Packs unsigned codes [..., d_in, d_out] and, where they are integers, the zeros."""
+        if zeros is not None and not jnp.issubdtype(zeros.dtype, jnp.floating):
+            zeros = pack(zeros.mT, bits).mT
+        return cls(pack(codes, bits), scales, zeros, bits, group_size, codes.shape[-2])
+
+    @property
+    def d_out(self) -> int:
+        return self.codes.shape[-1]
+
+    @property
+    def layout(self) -> AffineLayout:
+        return AffineLayout(self.bits, self.group_size, self.d_in)
+
+    def columns(self) -> tuple:
+        zeros = self.zeros
+        if zeros is not None and zeros.dtype == jnp.uint32:
+            zeros = unpack(zeros.mT, self.bits, self.d_out).mT
+        return (self.codes, self.scales, zeros)
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        return self.layout.dense(self.columns(), dtype)
+
+    def stored_bits(self) -> int:
+        return stored_bits(self.codes, self.scales, self.zeros)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A correction of rank r: x ↦ (x a) b, with a [d_in, r], b [r, d_out].
+
+    Elsewhere: PEFT's lora_A = aᵀ, lora_B = bᵀ with lora_alpha = r, so that its factor is 1.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        return (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        product = jnp.matmul(
+            self.a.astype(jnp.float32), self.b.astype(jnp.float32), precision="highest"
+        )
+        return product.astype(dtype)
+
+    def stored_bits(self) -> int:
+        return stored_bits(self.a, self.b)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ChannelScale:
+    """A transform that multiplies channel i by scale[i]: x ↦ x diag(scale)."""
+
+    scale: jax.Array
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        return x * self.scale.astype(x.dtype)
+
+    def apply_transpose(self, x: jax.Array) -> jax.Array:
+        return self.apply(x)
+
+    def stored_bits(self) -> int:
+        return stored_bits(self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CompressedLinear:
+    """A compressed weight: x ↦ T_out(T_in(x) base) + Σ correction(x).
+
+    Transforms are linear maps of the last axis, x ↦ x M, with `apply` and `apply_transpose`
+    (x ↦ x Mᵀ); None is the identity. Corrections see the untransformed input.
+    """
+
+    base: Base
+    corrections: tuple = ()
+    input_transform: Any = None
+    output_transform: Any = None
+
+    @property
+    def d_in(self) -> int:
+        return self.base.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.base.d_out
+
+    def dense(self) -> jax.Array:
+        """Returns the whole operator as one float32 [..., d_in, d_out] matrix."""
+        w = self.base.dense()
+        if self.input_transform is not None:
+            w = self.input_transform.apply_transpose(w.mT).mT  # M_in w
+        if self.output_transform is not None:
+            w = self.output_transform.apply(w)
+        for correction in self.corrections:
+            w = w + correction.dense()
+        return w
+
+    def stored_bits(self) -> int:
+        """Counts all that is stored: codes, scales, zeros, corrections, transforms."""
+        parts = [self.base, *self.corrections, self.input_transform, self.output_transform]
+        return sum(part.stored_bits() for part in parts if part is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Returns stored bits over the number of weights they stand for, a stack's layers included."""
+        layers = math.prod(self.base.columns()[0].shape[:-2])
+        return self.stored_bits() / (layers * self.d_in * self.d_out)

@@ -1,0 +1,110 @@
+"""Parameter trees: paths, stacks of blocks, and the split into what trains and what does not."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from lqec_kernels.formats import CompressedLinear
+
+from lqec_jax.core.types import Params
+from lqec_jax.errors import InputError, did_you_mean
+
+
+def get_at(tree: dict, path: str) -> Any:
+    """Reads 'attn/q/kernel' from nested dicts."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def set_at(tree: dict, path: str, value: Any) -> dict:
+    """Returns a copy of nested dicts with one entry replaced; everything else is shared."""
+    key, _, rest = path.partition("/")
+    value = set_at(tree.get(key, {}), rest, value) if rest else value
+    return {**tree, key: value}
+
+
+def stack_blocks(blocks: Sequence[Params]) -> tuple[Params, ...]:
+    """Stacks runs of consecutive blocks of one structure into segments for `lax.scan`.
+
+    Blocks whose structure, shapes or dtypes differ from their predecessor's start a new segment.
+    """
+    segments: list[list[Params]] = []
+    for block in blocks:
+        if segments and _signature(segments[-1][0]) == _signature(block):
+            segments[-1].append(block)
+        else:
+            segments.append([block])
+    return tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *run) for run in segments)
+
+
+def unstack_blocks(segments: Sequence[Params]) -> list[Params]:
+    """Undoes `stack_blocks`: one tree a block, in order."""
+    blocks = []
+    for segment in segments:
+        count = jax.tree.leaves(segment)[0].shape[0]
+        blocks += [jax.tree.map(lambda leaf, i=i: leaf[i], segment) for i in range(count)]
+    return blocks
+
+
+def _signature(tree: Params) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def is_compressed(node: Any) -> bool:
+    return isinstance(node, CompressedLinear)
+
+
+def partition(params: Params, select: str | Callable = "adapters") -> tuple[Params, Params]:
+    """Splits a tree into (train, frozen), each with None where the other has an array.
+
+    Gradients are taken of `train` alone: packed codes are integers, and a gradient over the whole
+    tree fails on them.
+
+    Args:
+      params: any tree with CompressedLinear leaves.
+      select: 'adapters' (factors of low-rank corrections), 'scales' (floating scales and zeros of
+        bases), or (path, array) -> bool with path as `jax.tree_util` gives it.
+    Raises:
+      InputError: an unknown selection.
+    Example:
+      >>> train, frozen = partition(params)
+      >>> params = combine(train, frozen)
+    """
+    if not callable(select):
+        if select not in SELECTIONS:
+            raise InputError(
+                f"partition: select={select!r} is unknown{did_you_mean(select, SELECTIONS)}"
+            )
+        select = SELECTIONS[select]
+    mask = jax.tree_util.tree_map_with_path(select, params)
+    train = jax.tree.map(lambda chosen, leaf: leaf if chosen else None, mask, params)
+    frozen = jax.tree.map(lambda chosen, leaf: None if chosen else leaf, mask, params)
+    return train, frozen
+
+
+def combine(train: Params, frozen: Params) -> Params:
+    """Undoes `partition`."""
+    return jax.tree.map(
+        lambda t, f: f if t is None else t, train, frozen, is_leaf=lambda node: node is None
+    )
+
+
+def _attributes(path: tuple) -> list[str]:
+    return [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+
+
+def _is_adapter(path: tuple, leaf: jax.Array) -> bool:
+    names = _attributes(path)
+    return "corrections" in names and names[-1] in ("a", "b")
+
+
+def _is_scale(path: tuple, leaf: jax.Array) -> bool:
+    names = _attributes(path)
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return "base" in names and names[-1] in ("scales", "zeros") and floating
+
+
+SELECTIONS = {"adapters": _is_adapter, "scales": _is_scale}

@@ -1,0 +1,150 @@
+"""The values that everything else is made of. Read this file first.
+
+A *step* changes one term of a compressed weight (or, for model steps, of all of them together). A
+recipe is a chain of steps. A model is a handful of pure functions. Nothing here knows a method, a
+file or a family.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from lqec_kernels.formats import CompressedLinear
+
+Params = Any  # a pytree of arrays and CompressedLinear leaves
+Scope = Literal["linear", "block", "model"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LinearStats:
+    """What calibration saw at a linear's input; a field is None unless a step asked for it.
+
+    Attributes:
+      rms: sqrt(E[x²]) per input channel over all calibration tokens, float32 [d_in].
+    """
+
+    rms: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LinearProblem:
+    """One weight to compress: w float32 [d_in, d_out], its input statistics, a random key."""
+
+    w: jax.Array
+    stats: LinearStats
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method with its arguments.
+
+    Attributes:
+      name: the method's name in the table.
+      scope: what it sees: one linear, one block, or the whole model.
+      run: for `linear`, a pure jit-able (LinearProblem, CompressedLinear) -> CompressedLinear;
+        for `model`, (ModelProblem) -> ModelSolution.
+      needs: names of `LinearStats` fields that must be collected for it.
+      arguments: all arguments after defaults, printable; part of a run's fingerprint.
+      objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar; linear only.
+      objective_name: the same in words.
+    """
+
+    name: str
+    scope: Scope
+    run: Callable
+    arguments: Mapping[str, Any]
+    needs: frozenset[str] = frozenset()
+    objective: Callable | None = None
+    objective_name: str = ""
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{k}={v}" if isinstance(v, Step) else f"{k}={v!r}"
+                           for k, v in self.arguments.items())  # fmt: skip
+        return f"{self.name}({inside})"
+
+
+@dataclass(frozen=True)
+class ModelFns:
+    """A decoder as pure functions; anyone's model that offers them can be compressed.
+
+    `params` is a dict with 'blocks': a tuple of segments, each one block's tree stacked on a leading
+    layer axis (blocks of unequal structure make segments of their own).
+
+    Attributes:
+      embed: (params, tokens int [b, t]) -> h [b, t, d].
+      block: (block params, h) -> (h, inputs); `inputs` maps each linear's path to what it reads.
+      hidden: (params, tokens) -> (pre_norm, post_norm), both [b, t, d].
+      head: (params, post_norm [..., d], start=0, size=None) -> float32 logits of the vocabulary
+        columns start .. start + size (all of them by default).
+      linear_groups: paths of a block's linears in data-flow order, those that share an input together.
+      norm: (params, pre_norm) -> post_norm.
+      row_parallel: the linears whose input, not output, is split over devices.
+      vocab_size: width of the head.
+    """
+
+    embed: Callable
+    block: Callable
+    hidden: Callable
+    head: Callable
+    linear_groups: tuple[tuple[str, ...], ...]
+    norm: Callable | None = None
+    row_parallel: frozenset[str] = frozenset()
+    vocab_size: int | None = None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Returns the paths of a block's linears, e.g. 'attn/q'."""
+        return tuple(path for group in self.linear_groups for path in group)
+
+
+class Evaluation(NamedTuple):
+    """One point of a training curve. Losses are means over windows."""
+
+    update: int
+    train_loss: float | None
+    val_loss: float
+
+
+@dataclass(frozen=True)
+class ModelProblem:
+    """What a model step sees: the student, the teacher's answers, the calibration text.
+
+    Attributes:
+      fns: the model's functions, which also fix the compute dtype.
+      params: the student.
+      teacher: pre-norm hidden states of the teacher for all windows, [n, t, d], on disk or in memory.
+      train, val: int32 windows [n, t]; `teacher` holds train's rows first, then val's.
+      key: random key.
+      mesh: devices to run on, or None for one.
+      session: keeps and restores training state; see `train.fit.Session`.
+    """
+
+    fns: ModelFns
+    params: Params
+    teacher: Any
+    train: Any
+    val: Any
+    key: jax.Array
+    mesh: Any = None
+    session: Any = None
+
+
+@dataclass(frozen=True)
+class ModelSolution:
+    """What a model step returns: the new student, its curve, and what is worth saying."""
+
+    params: Params
+    history: tuple[Evaluation, ...]
+    best_update: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def weight_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
+    """Returns ||w - ŵ||² / ||w||², the relative error of a compressed weight; 0 for a zero weight."""
+    error = jnp.sum(jnp.square(problem.w - leaf.dense()))
+    return error / jnp.maximum(jnp.sum(jnp.square(problem.w)), jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,367 @@
+"""Reads a Hugging Face folder lazily: headers first, then one tensor at a time, into our trees.
+
+Opening checks config.json, the headers and the index, and reads no weight; a tensor is then read
+from its own byte range, so host memory holds what was asked for and nothing else. Kernels change
+orientation here and nowhere deeper: a checkpoint keeps them [d_out, d_in], we keep [d_in, d_out].
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.tensor_file import TensorEntry, read_chunks, read_entry, read_header
+from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.families import StoredTensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
+_SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_INERT = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old checkpoints saved
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads one JSON object.
+
+    Raises:
+      InputError: the file is missing, is not UTF-8 JSON (file and line named), or is not an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; restore it or name another folder") from None
+    except OSError as err:
+        raise InputError(f"{path} cannot be read: {err.strerror}; wanted a JSON file") from err
+    except json.JSONDecodeError as err:
+        raise InputError(
+            f"{path}, line {err.lineno}: not JSON ({err.msg}); the file is cut short or damaged, "
+            "restore it"
+        ) from err
+    except UnicodeDecodeError as err:
+        line = err.object[: err.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text; restore the file") from err
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path}, line 1: holds a {type(value).__name__}, wanted an object {{...}}"
+        )
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights, opened but not read; holds no open file and no array.
+
+    Example:
+      >>> checkpoint = Checkpoint.open("models/babyllama")
+      >>> checkpoint.read("model.norm.weight").shape
+      (128,)
+    """
+
+    folder: Path
+    config: dict = dataclasses.field(repr=False)
+    entries: dict[str, TensorEntry] = dataclasses.field(repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Checkpoint":
+        """Checks config.json, every header and the index; reads no tensor.
+
+        Args:
+          folder: a local folder, or a hub id `org/name`, which is fetched when the [hf] extra is
+            installed (with HF_HUB_OFFLINE=1 only from the local cache).
+        Raises:
+          InputError: no such folder; config.json, a shard or the index is missing or damaged (with
+            the byte sizes where a file is cut short); only pickled weights.
+        """
+        folder = _find_folder(folder)
+        config = read_json(folder / "config.json")
+        single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+        if single and index:
+            raise InputError(
+                f"{folder} holds both {SINGLE} and {INDEX}, two versions of the weights; "
+                "move the stale one away"
+            )
+        if single:
+            return cls(folder, config, read_header(folder / SINGLE))
+        if index:
+            return cls(folder, config, _read_index(folder))
+        raise InputError(_no_weights(folder))
+
+    def names(self) -> list[str]:
+        """Returns the names of the tensors, sorted."""
+        return sorted(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape as stored, from the header."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns a tensor's dtype as stored, from the header."""
+        return self._entry(name).dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor as stored: shape, dtype and orientation of the file.
+
+        Raises:
+          InputError: no such tensor; the file became shorter since it was opened.
+        """
+        return read_entry(self._entry(name))
+
+    def fingerprint(self) -> str:
+        """Hashes what the model is: sha256 of config.json and the weight files in name order, hex.
+
+        Cost: reads every byte once, 8 MiB at a time.
+        """
+        digest = hashlib.sha256()
+        files = {entry.file for entry in self.entries.values()}
+        for path in [self.folder / "config.json", *sorted(files)]:
+            for chunk in read_chunks(path, 0, path.stat().st_size):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise InputError(f"{self.folder} has no tensor {name!r}; it has {_few(self.names())}")
+        return self.entries[name]
+
+
+def check_tensors(checkpoint: Checkpoint, family: ModuleType, config: ModelConfig) -> None:
+    """Compares names and shapes with what the family expects, from the headers alone.
+
+    Raises:
+      InputError: tensors missing, of another shape, or unknown. A stored rotary table is no weight
+        and is let pass; so is the head of a tied model, whose values `read_outer` compares.
+    """
+    wanted = _expected_tensors(family, config)
+    _check_present(checkpoint, wanted)
+    allowed = set(wanted) | {_head_name(family, config)}
+    extra = [n for n in checkpoint.names() if n not in allowed and not _INERT.fullmatch(n)]
+    if extra:
+        raise InputError(
+            f"{checkpoint.folder}: {_count(extra)} that a {config.family} of {config.layers} "
+            f"layers does not have: {_few(extra)}; dropping weights would change the model, so "
+            "check model_type and num_hidden_layers in config.json"
+        )
+    for name, stored in wanted.items():
+        _check_shape(checkpoint, name, stored)
+
+
+def read_block(
+    checkpoint: Checkpoint, family: ModuleType, config: ModelConfig, layer: int, dtype
+) -> dict:
+    """Reads one decoder block as our nested dict, kernels as [d_in, d_out].
+
+    Args:
+      layer: 0 .. config.layers - 1.
+      dtype: of every array returned; float32, bfloat16 or float16.
+    Raises:
+      InputError: a tensor is missing, has another shape, is no floating-point weight, holds NaN or
+        Inf, or does not fit float16.
+    Cost: host memory of the block plus its largest tensor once more.
+    """
+    return _read_tree(checkpoint, _block_tensors(family, config, layer), dtype)
+
+
+def read_outer(checkpoint: Checkpoint, family: ModuleType, config: ModelConfig, dtype) -> dict:
+    """Reads what lies outside the blocks (embedding, last norm, head); checks all names first.
+
+    Raises:
+      InputError: as `check_tensors` and `read_block`; the file keeps a head of its own although
+        config.json ties it to the embedding.
+    """
+    check_tensors(checkpoint, family, config)
+    tensors = family.outer_tensors(config)
+    head, embedding = _head_name(family, config), tensors["embed/embedding"].name
+    redundant = config.tied_head and head in checkpoint.entries
+    if redundant and not _same_bytes(checkpoint, head, embedding):
+        raise InputError(
+            f"{checkpoint.folder}: {head!r} differs from {embedding!r}, but config.json says "
+            "tie_word_embeddings: true; set it to false to use this head"
+        )
+    return _read_tree(checkpoint, tensors, dtype)
+
+
+def _read_tree(checkpoint: Checkpoint, tensors: dict[str, StoredTensor], dtype) -> dict:
+    """Reads `tensors` (our path -> where it is stored) into a nested dict."""
+    _check_present(checkpoint, [stored.name for stored in tensors.values()])
+    tree: dict = {}
+    for path, stored in tensors.items():
+        _check_shape(checkpoint, stored.name, stored)
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = _read_weight(checkpoint, stored, np.dtype(dtype))
+    return tree
+
+
+def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    came = checkpoint.read(stored.name)
+    where = f"{checkpoint.entries[stored.name].file}: {stored.name!r}"
+    if came.dtype.name not in _WEIGHT_DTYPES:
+        raise InputError(
+            f"{where} is {came.dtype.name}, wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}; "
+            "name the dense original of this checkpoint"
+        )
+    bad = _count_non_finite(came)
+    if bad:
+        raise InputError(
+            f"{where} holds {bad} non-finite of {came.size} values (NaN or Inf), wanted numbers; "
+            "the checkpoint is damaged, download or train it again"
+        )
+    with np.errstate(over="ignore"):  # counted below, and named
+        # The transpose, the copy and the cast are one pass into one new array.
+        inner = came.T if stored.transposed else came
+        weight = inner.astype(dtype, order="C", copy=stored.transposed)
+    lost = _count_non_finite(weight) if dtype == np.float16 else 0
+    if lost:
+        raise InputError(
+            f"{where} has {lost} values beyond the range of float16; choose bfloat16 or float32"
+        )
+    return weight
+
+
+def _count_non_finite(array: np.ndarray) -> int:
+    flat = array.reshape(-1)
+    starts = range(0, flat.size, _SCAN)
+    return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + _SCAN]))) for i in starts)
+
+
+def _same_bytes(checkpoint: Checkpoint, left: str, right: str) -> bool:
+    a, b = checkpoint.entries[left], checkpoint.entries[right]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pairs = zip(
+        read_chunks(a.file, a.offset, a.bytes), read_chunks(b.file, b.offset, b.bytes), strict=True
+    )
+    return all(x == y for x, y in pairs)
+
+
+def _block_tensors(family: ModuleType, config: ModelConfig, layer: int) -> dict[str, StoredTensor]:
+    return {
+        path: stored._replace(name=stored.name.format(layer=layer))
+        for path, stored in family.block_tensors(config).items()
+    }
+
+
+def _expected_tensors(family: ModuleType, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Returns every tensor the model needs, by its stored name."""
+    groups = [family.outer_tensors(config)]
+    groups += [_block_tensors(family, config, layer) for layer in range(config.layers)]
+    return {stored.name: stored for group in groups for stored in group.values()}
+
+
+def _head_name(family: ModuleType, config: ModelConfig) -> str:
+    return family.outer_tensors(dataclasses.replace(config, tied_head=False))["head/kernel"].name
+
+
+def _check_present(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
+    missing = [name for name in wanted if name not in checkpoint.entries]
+    if missing:
+        raise InputError(
+            f"{checkpoint.folder}: {_count(missing)} missing: {_few(missing)}; the files hold "
+            f"{len(checkpoint.entries)}; check model_type, num_hidden_layers and "
+            "tie_word_embeddings in config.json, or download the rest"
+        )
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, stored: StoredTensor) -> None:
+    came = checkpoint.shape(name)
+    if came != tuple(stored.shape):
+        raise InputError(
+            f"{checkpoint.entries[name].file}: {name!r} is {list(came)}, config.json asks for "
+            f"{list(stored.shape)}; the config and the weights are of two models"
+        )
+
+
+def _find_folder(name: str | Path) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{name} is a file; wanted the folder that holds config.json and {SINGLE}")
+    if _HUB_ID.fullmatch(str(name)):
+        return _download(str(name))
+    raise InputError(
+        f"no folder {name}; wanted a folder with config.json and {SINGLE}, or a hub id"
+    )
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        purpose = f"no folder {hub_id!r} here, and fetching it from the hub"
+        raise MissingExtra("huggingface_hub", "hf", purpose) from None
+    try:
+        folder = snapshot_download(
+            hub_id,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            # Subfolders and `consolidated` hold the same weights once more under other names.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (OSError, ValueError) as err:
+        reason = (str(err).splitlines() or [type(err).__name__])[0].rstrip(".")
+        raise InputError(
+            f"no folder {hub_id!r} here, and the hub did not give it ({reason}); check the name, "
+            "log in with `hf auth login`, or download it where there is a network"
+        ) from err
+    return Path(folder)
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        return (
+            f"{folder} has {_few(pickled)} but no {SINGLE}; pickled weights are not read, convert "
+            "them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return f"{folder} has neither {SINGLE} nor {INDEX}; download the weights into it"
+
+
+def _read_index(folder: Path) -> dict[str, TensorEntry]:
+    """Returns the tensors that the index names, each checked to be in its shard."""
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path} has no weight_map {{tensor: file}}; download the index again")
+    shards = {shard for shard in weight_map.values() if _is_shard_name(shard)}
+    strange = [name for name, shard in weight_map.items() if not _is_shard_name(shard)]
+    if strange:
+        raise InputError(
+            f"{path}: the shard of {_few(strange)} is no file name in this folder; repair the index"
+        )
+    lost = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if lost:
+        raise InputError(
+            f"{folder}: {len(lost)} of {len(shards)} shards missing: {_few(lost)}; download them"
+        )
+    headers = {shard: read_header(folder / shard) for shard in sorted(shards)}
+    absent = [name for name, shard in weight_map.items() if name not in headers[shard]]
+    if absent:
+        raise InputError(
+            f"{path} names {_count(absent)} that the shard does not hold: {_few(absent)}; the "
+            "index and the shards are of two versions, download both again"
+        )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _is_shard_name(shard: object) -> bool:
+    return isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

@@ -1,0 +1,105 @@
+"""A decoder as pure functions over a parameter tree; see `core.types.ModelFns`.
+
+    params = {'embed': {'embedding': [vocab, d]}, 'blocks': (segment, ...), 'norm': {'scale': [d]},
+              'head': {'kernel': [d, vocab]}}          # no head where it is tied to the embedding
+
+A segment is one block's tree stacked on a leading layer axis and is walked by `lax.scan`, so compile
+time does not grow with depth.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lqec_jax.core.tree import stack_blocks
+from lqec_jax.core.types import ModelFns, Params
+from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.layers import Block, RMSNorm
+
+LINEAR_GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
+ROW_PARALLEL = frozenset({"attn/o", "mlp/down"})
+
+
+@lru_cache(maxsize=32)
+def model_fns(config: ModelConfig, dtype: Any = jnp.float32, remat: bool = True) -> ModelFns:
+    """Returns a model's functions for one compute dtype.
+
+    Args:
+      config: the model.
+      dtype: of activations; statistics inside norms and softmax, and logits, are float32.
+      remat: recompute a block in the backward pass instead of keeping its activations. Holds one
+        block's activations and every block's input, for about a third more time.
+    """
+    norm_module = RMSNorm(config.norm_eps)
+
+    def embed(params: Params, tokens: jax.Array) -> jax.Array:
+        return params["embed"]["embedding"][tokens].astype(dtype)
+
+    def block(block_params: Params, h: jax.Array):
+        return Block(config).apply({"params": block_params}, h)
+
+    def norm(params: Params, h: jax.Array) -> jax.Array:
+        return norm_module.apply({"params": params["norm"]}, h)
+
+    def advance(h, block_params):
+        return block(block_params, h)[0], None
+
+    def hidden(params: Params, tokens: jax.Array):
+        h = embed(params, tokens)
+        step = jax.checkpoint(advance) if remat else advance
+        for segment in params["blocks"]:
+            h, _ = jax.lax.scan(step, h, segment)
+        return h, norm(params, h)
+
+    def head(params: Params, post_norm: jax.Array, start=0, size: int | None = None) -> jax.Array:
+        tied = "head" not in params
+        kernel = params["embed"]["embedding"] if tied else params["head"]["kernel"]
+        axis = 0 if tied else 1
+        if size is not None:
+            kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis)
+        equation = "...d,vd->...v" if tied else "...d,dv->...v"
+        return jnp.einsum(
+            equation, post_norm, kernel.astype(dtype), preferred_element_type=jnp.float32
+        )
+
+    return ModelFns(
+        embed=embed,
+        block=block,
+        hidden=hidden,
+        head=head,
+        linear_groups=LINEAR_GROUPS,
+        norm=norm,
+        row_parallel=ROW_PARALLEL,
+        vocab_size=config.vocab_size,
+    )
+
+
+def forward(config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any = jnp.float32):
+    """Returns next-token logits.
+
+    Args:
+      tokens: int [b, t], ids below vocab_size.
+    Returns:
+      float32 [b, t, vocab].
+    """
+    fns = model_fns(config, dtype)
+    return fns.head(params, fns.hidden(params, tokens)[1])
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Returns random float32 parameters, for tests and for training from scratch."""
+    embed_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
+    h = jnp.zeros((1, 1, config.d_model))
+    blocks = [Block(config).init(k, h)["params"] for k in block_keys]
+    embedding = jax.random.normal(embed_key, (config.vocab_size, config.d_model))
+    params = {
+        "embed": {"embedding": embedding / config.d_model**0.5},
+        "blocks": stack_blocks(blocks),
+        "norm": {"scale": jnp.ones(config.d_model)},
+    }
+    if not config.tied_head:
+        kernel = jax.random.normal(head_key, (config.d_model, config.vocab_size))
+        params["head"] = {"kernel": kernel / config.d_model**0.5}
+    return params
