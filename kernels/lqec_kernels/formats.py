@@ -30,7 +30,9 @@ def static(**options: Any) -> Any:
 
 def stored_bits(*arrays: jax.Array | None) -> int:
     """Counts the bits that arrays take on disk; reads shapes only."""
-    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize * 8 for a in arrays if a is not None)
+    return sum(
+        math.prod(a.shape) * jnp.dtype(a.dtype).itemsize * 8 for a in arrays if a is not None
+    )
 
 
 class Layout(Protocol):
@@ -225,6 +227,11 @@ class CompressedLinear:
     def d_out(self) -> int:
         return self.base.d_out
 
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Returns the leading axes: (layers,) in a segment, () for one weight."""
+        return jax.tree.leaves(self.base)[0].shape[:-2]
+
     def dense(self) -> jax.Array:
         """Returns the whole operator as one float32 [..., d_in, d_out] matrix."""
         w = self.base.dense()
@@ -244,5 +251,5 @@ class CompressedLinear:
     @property
     def bits_per_weight(self) -> float:
         """Returns stored bits over the number of weights they stand for, a stack's layers included."""
-        layers = math.prod(self.base.columns()[0].shape[:-2])
+        layers = math.prod(self.stack_shape)
         return self.stored_bits() / (layers * self.d_in * self.d_out)

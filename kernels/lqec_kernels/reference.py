@@ -40,6 +40,8 @@ def tiled_matmul(x: jax.Array, base: Base, *, shards: int = 1) -> jax.Array:
       whose gradients are computed only where they are asked for.
     Cost: 2 · tokens · d_in · d_out flops, and the base is unpacked once per direction.
     """
+    if base.d_out % shards:
+        shards = 1
     tiles = _count_tiles(base.d_in, base.d_out, shards)
     return _tiled(base.layout, Cut(base.d_in, shards, tiles), x, base.columns())
 
@@ -56,11 +58,16 @@ def _count_tiles(d_in: int, d_out: int, shards: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tiled(layout: Layout, cut: Cut, x: jax.Array, columns: tuple) -> jax.Array:
-    def multiply(_, tile):
-        return None, _dot(x, layout.dense(tile, x.dtype), x.dtype)
+    def multiply(y, number):
+        w = layout.dense(_take(columns, number, cut), x.dtype)
+        tile = jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+        tile = tile.reshape(*tile.shape[:-1], cut.shards, 1, -1)  # [..., shards, 1, n]
+        return lax.dynamic_update_slice_in_dim(y, tile, number, axis=-2), None
 
-    _, y = lax.scan(multiply, None, _split(columns, cut))
-    return _join(y, cut)
+    d_out = jax.tree.leaves(columns)[0].shape[-1]
+    y = _unset_like(x, (*x.shape[:-1], cut.shards, cut.tiles, d_out // (cut.shards * cut.tiles)))
+    y, _ = lax.scan(multiply, y, jnp.arange(cut.tiles))
+    return y.reshape(*x.shape[:-1], d_out)  # [..., d_out]
 
 
 def _forward(layout: Layout, cut: Cut, x, columns):
@@ -75,42 +82,58 @@ def _backward(layout: Layout, cut: Cut, residual, dy):
     if isinstance(dy, SymbolicZero):
         return None, None
 
-    def multiply(dx, operands):
-        tile, dy_tile = operands
-        floats, rest = _part_floats(tile)
+    def multiply(dx, number):
+        dy_tile = _take(dy, number, cut)
+        floats, rest = _part_floats(_take(columns, number, cut))
         w, pull = jax.vjp(lambda floats: layout.dense(_unite(floats, rest), dy.dtype), floats)
-        dx = dx + _dot(dy_tile, w.mT, jnp.float32)
+        dx = jnp.where(number == 0, 0.0, dx) + _dot_transpose(dy_tile, w, cut)
         if x is None:
             return dx, None
         dw = jnp.einsum("...i,...o->io", x, dy_tile, preferred_element_type=jnp.float32)
         return dx, pull(dw.astype(w.dtype))[0]
 
-    dx = jnp.zeros((*dy.shape[:-1], cut.d_in), jnp.float32)
-    dx, d_floats = lax.scan(multiply, dx, (_split(columns, cut), _split(dy, cut)))
+    dx = _unset_like(dy.astype(jnp.float32), (cut.shards, *dy.shape[:-1], cut.d_in))
+    dx, d_floats = lax.scan(multiply, dx, jnp.arange(cut.tiles))
     d_columns = None if x is None else jax.tree.map(lambda d: _join(d, cut), d_floats)
-    return dx.astype(dy.dtype), d_columns
+    return jnp.sum(dx, axis=0).astype(dy.dtype), d_columns
 
 
 _tiled.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _dot(x: jax.Array, w: jax.Array, dtype) -> jax.Array:
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(dtype)
+def _unset_like(x: jax.Array, shape: tuple) -> jax.Array:
+    """Returns room that a loop will fill, its content some of x's numbers.
+
+    Zeros would do, but they depend on nothing: XLA's CPU scheduler then makes the room of every
+    product of the program before the first of them runs.
+    """
+    return jnp.broadcast_to(x.ravel()[0], shape)
 
 
-def _split(columns, cut: Cut):
-    """Moves tiles of the last axis to the front: [..., d_out] -> [tiles, ..., d_out / tiles]."""
+def _dot_transpose(dy: jax.Array, w: jax.Array, cut: Cut) -> jax.Array:
+    """Returns dy wᵀ as one partial sum a share, so that devices add up once and not once a tile."""
+    dy = dy.reshape(*dy.shape[:-1], cut.shards, -1)  # [..., shards, n]
+    w = w.reshape(cut.d_in, cut.shards, -1)  # [d_in, shards, n]
+    return jnp.einsum("...sn,isn->s...i", dy, w, preferred_element_type=jnp.float32)
 
-    def split(array):
-        array = array.reshape(*array.shape[:-1], cut.shards, cut.tiles, -1)
-        array = jnp.moveaxis(array, -2, 0)  # [tiles, ..., shards, n]
-        return array.reshape(*array.shape[:-2], -1)
 
-    return jax.tree.map(split, columns)
+def _take(columns, number, cut: Cut):
+    """Returns one tile: [..., d_out] -> [..., d_out / tiles].
+
+    Tiles are sliced inside the loop; cut before it, they would be a second copy of the packed arrays.
+    """
+
+    def take(array):
+        lead = array.shape[:-1]
+        array = array.reshape(*lead, cut.shards, cut.tiles, -1)
+        tile = lax.dynamic_index_in_dim(array, number, axis=-2, keepdims=False)
+        return tile.reshape(*lead, -1)  # [..., shards · n]
+
+    return jax.tree.map(take, columns)
 
 
 def _join(tiles: jax.Array, cut: Cut) -> jax.Array:
-    """Undoes `_split`."""
+    """Puts tiles side by side: [tiles, ..., d_out / tiles] -> [..., d_out]."""
     tiles = tiles.reshape(*tiles.shape[:-1], cut.shards, -1)
     array = jnp.moveaxis(tiles, 0, -2)  # [..., shards, tiles, n]
     return array.reshape(*array.shape[:-3], -1)

@@ -176,12 +176,14 @@ def _encode_each(
     documents: Iterable[str], encode: Callable, bos: np.ndarray, limit: int | None
 ) -> list[np.ndarray]:
     """Returns BOS, ids, BOS, ids, ... of the documents in turn."""
-    pieces, total = [], 0
+    pieces, total, seen = [], 0, False
     for document in documents:
-        left = None if limit is None else limit - total
+        left = None if limit is None else max(limit - total, 1)
         pieces += [bos, _encode_joined([document], encode, left)]
         total += bos.size + pieces[-1].size
-        if limit is not None and total >= limit:
+        seen = seen or pieces[-1].size > 0
+        # Empty documents may fill a limit with BOS alone; a text must show one token of its own.
+        if limit is not None and total >= limit and seen:
             break
     return pieces
 

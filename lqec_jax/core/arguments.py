@@ -28,7 +28,9 @@ def check_number(method: str, name: str, value: Any, low: float, high: float = m
 def check_choice(method: str, name: str, value: Any, choices: Iterable) -> Any:
     """Returns one of the choices, or says what came."""
     choices = tuple(choices)
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+    if not any(
+        value is choice or (type(value) is type(choice) and value == choice) for choice in choices
+    ):
         wanted = ", ".join(repr(choice) for choice in choices)
         raise InputError(f"{method}: {name}={value!r}; one of {wanted} was wanted")
     return value

@@ -39,7 +39,7 @@ class LinearProblem:
     key: jax.Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One method with its arguments.
 
@@ -50,6 +50,8 @@ class Step:
         for `model`, (ModelProblem) -> ModelSolution.
       needs: names of `LinearStats` fields that must be collected for it.
       arguments: all arguments after defaults, printable; part of a run's fingerprint.
+      preview: for `model`, what becomes of one weight, (CompressedLinear) -> CompressedLinear; called
+        on shapes alone, so that a refusal and the final size are known before the first flop.
       objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar; linear only.
       objective_name: the same in words.
     """
@@ -59,6 +61,7 @@ class Step:
     run: Callable
     arguments: Mapping[str, Any]
     needs: frozenset[str] = frozenset()
+    preview: Callable | None = None
     objective: Callable | None = None
     objective_name: str = ""
 

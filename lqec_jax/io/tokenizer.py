@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lqec_jax.errors import InputError, MissingExtra
 from lqec_jax.io.hf import read_json
+from lqec_jax.io.sentencepiece import read_normalizer
 
 FILES = (
     "tokenizer.json",
@@ -133,6 +134,11 @@ class Tokenizer:
             ) from err
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Says whether a folder has a tokenizer of any kind."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+
+
 def _one_line(err: Exception) -> str:
     return " ".join(str(err).split())[:200] or type(err).__name__
 
@@ -158,10 +164,26 @@ def _open_fast(path: Path) -> _Backend:
     fast.no_truncation()
     fast.no_padding()
     return _Backend(
-        encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
+        encode=_with_normalizer(fast, path.with_name("tokenizer.model")),
         decode=fast.decode,
         vocabulary=fast.get_vocab(),
     )
+
+
+def _with_normalizer(fast: tokenizers.Tokenizer, model: Path) -> Callable[[str], list[int]]:
+    """Returns text -> ids, through the normalizer that a conversion from `model` lost.
+
+    It is applied before the tokenizer: inside, it would move the offsets by which the tokenizer
+    decides whether a text begins with a space.
+    """
+
+    def encode(text: str) -> list[int]:
+        return fast.encode(text, add_special_tokens=False).ids
+
+    if fast.normalizer is not None or not model.is_file():
+        return encode
+    lost = read_normalizer(model)
+    return encode if lost is None else lambda text: encode(lost.normalize_str(text))
 
 
 def _open_slow(folder: Path) -> _Backend:

@@ -36,7 +36,7 @@ class StoredTensor(NamedTuple):
 
 def family(model_type: str) -> ModuleType:
     """Returns the module of one family; raises `InputError` for a `model_type` not in the table."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = did_you_mean(str(model_type), FAMILIES)
         raise InputError(f"config.json: model_type {model_type!r} is not supported{near}")
     return import_module(FAMILIES[model_type])

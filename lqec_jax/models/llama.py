@@ -34,8 +34,7 @@ TENSOR_NAMES = {
 _MODELLED = (
     "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers "
     "num_attention_heads num_key_value_heads head_dim max_position_embeddings rms_norm_eps "
-    "hidden_act attention_bias mlp_bias tie_word_embeddings rope_theta rope_scaling "
-    "rope_parameters quantization_config auto_map"
+    "hidden_act attention_bias mlp_bias tie_word_embeddings rope_theta rope_scaling rope_parameters"
 ).split()
 
 # pretraining_tp only says how the same products were split over devices.
@@ -100,9 +99,9 @@ def _refuse_foreign(keys: Section) -> None:
         )
     if keys.values.get("auto_map"):
         raise keys.error("auto_map", "asks for the checkpoint's own code; use one without it")
-    names = keys.values.get("architectures") or ["LlamaForCausalLM"]
-    if not {"LlamaForCausalLM", "LLaMAForCausalLM"}.intersection(names):
-        raise keys.error("architectures", f"is {names!r}; wanted 'LlamaForCausalLM'")
+    names = keys.values.get("architectures")
+    if names and names not in (["LlamaForCausalLM"], ["LLaMAForCausalLM"]):
+        raise keys.error("architectures", f"is {names!r}; wanted ['LlamaForCausalLM']")
 
 
 def _head_dim(keys: Section, heads: int) -> int:

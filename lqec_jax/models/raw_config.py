@@ -5,6 +5,7 @@ family names the keys it models and the keys it knows to be inert; everything el
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,11 @@ class Section:
                 continue
             if key not in neutral:
                 near = did_you_mean(key, modelled)
-                raise self.error(key, f"is not a key this family models{near}")
+                raise self.error(
+                    key,
+                    f"= {reprlib.repr(value)} is not modelled and may change the logits; "
+                    f"remove it if it cannot{near}",
+                )
             if value != neutral[key]:
                 raise self.error(
                     key, f"is {value!r}; only {neutral[key]!r} is modelled; use another checkpoint"
@@ -199,8 +204,8 @@ def _read_llama3(part: Section, theta: float, max_length: int) -> Rope:
 def _read_yarn(part: Section, theta: float, max_length: int) -> Rope:
     original = part.count("original_max_position_embeddings", max_length)
     # A null factor asks for the ratio of the two lengths; an absent one is a damaged file.
-    ratio = "factor" in part.values and part.values["factor"] is None
-    factor = max_length / original if ratio else part.number("factor", at_least=1)
+    if "factor" in part.values and part.values["factor"] is None:
+        part = Section({**part.values, "factor": max_length / original}, part.prefix)
     fast = part.number("beta_fast", None) or 32.0
     slow = part.number("beta_slow", None) or 1.0
     if fast < slow:
@@ -208,7 +213,7 @@ def _read_yarn(part: Section, theta: float, max_length: int) -> Rope:
     return Rope(
         "yarn",
         theta,
-        factor,
+        part.number("factor", at_least=1),
         original,
         beta_fast=fast,
         beta_slow=slow,

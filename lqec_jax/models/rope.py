@@ -121,7 +121,7 @@ def _kept_by_index(rope: Rope, head_dim: int) -> np.ndarray:
 
 def _yarn_attention_scale(rope: Rope) -> float:
     def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+        return 0.1 * weight * math.log(rope.factor) + 1
 
     if rope.attention_factor is not None:
         return rope.attention_factor

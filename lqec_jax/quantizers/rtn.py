@@ -85,9 +85,7 @@ def rtn(
         rms = problem.stats.rms if by_output else None
         base = quantize(target, bits, group_size, symmetric=symmetric,
                         dtype=jnp.dtype(scale_dtype), rms=rms, power=power)  # fmt: skip
-        return CompressedLinear(
-            base, leaf.corrections, leaf.input_transform, leaf.output_transform
-        )
+        return CompressedLinear(base, leaf.corrections, leaf.input_transform, leaf.output_transform)
 
     return Step(
         name="rtn",

@@ -130,6 +130,18 @@ ROPES = {
         ),
         2048,
     ),
+    "yarn_ramp_beyond_the_head": (
+        _real(
+            {
+                **YARN,
+                "rope_theta": 100.0,
+                "original_max_position_embeddings": 131072,
+                "beta_fast": 2000,
+            },
+            524288,
+        ),
+        2048,
+    ),
     "dynamic_short": (
         _real({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, 4096),
         2048,

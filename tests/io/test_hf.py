@@ -361,7 +361,7 @@ def test_a_wrong_shape_is_named_with_both(tmp_path):
         assert f"{name!r} is [8, 8], config.json asks for [4, 8]" in message
 
 
-def test_an_untransposed_square_is_not_our_guess_but_an_oblong_is_caught(tmp_path):
+def test_a_kernel_stored_in_our_orientation_is_caught(tmp_path):
     arrays = weights()
     name = "model.layers.0.mlp.down_proj.weight"
     arrays[name] = np.ascontiguousarray(arrays[name].T)

@@ -48,7 +48,7 @@ def test_reads_what_the_library_wrote_in_every_dtype(tmp_path):
 
 
 def test_scalars_and_empty_tensors(tmp_path):
-    arrays = {"a": np.float32(3.5).reshape(()), "b": np.zeros((0, 4), np.float32)}
+    arrays = {"a": np.array(3.5, np.float32), "b": np.zeros((0, 4), np.float32)}
     save_file(arrays, tmp_path / "f.safetensors", metadata={"format": "pt"})
     entries = read_header(tmp_path / "f.safetensors")
     assert set(entries) == {"a", "b"}

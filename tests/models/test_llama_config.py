@@ -198,7 +198,8 @@ def test_rope_defaults():
     [
         ({"quantization_config": {"quant_method": "gptq"}}, ["already quantized"]),
         ({"auto_map": {"AutoModel": "x.Y"}}, ["auto_map", "own code"]),
-        ({"architectures": ["LlamaForSequenceClassification"]}, ["'LlamaForCausalLM'"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["wanted ['LlamaForCausalLM']"]),
+        ({"architectures": 3}, ["architectures is 3"]),
         ({"sliding_window": 4096}, ["sliding_window"]),
         ({"rope_thetaa": 1e4}, ["rope_thetaa", "did you mean 'rope_theta'"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5", "1.0"]),
@@ -219,6 +220,7 @@ def test_rope_defaults():
         ({"hidden_size": 50}, ["hidden_size 50", "4 heads"]),
         ({"head_dim": 7}, ["head_dim is 7"]),
         ({"model_type": "mamba"}, ["model_type 'mamba'", "llama"]),
+        ({"model_type": ["llama"]}, ["model_type ['llama']"]),
         ({"model_type": "lama"}, ["did you mean 'llama'"]),
         ({"rope_theta": 1.0}, ["rope_theta is 1.0", "more than 1"]),
         ({"rope_theta": None}, ["rope_theta is None"]),
@@ -245,6 +247,10 @@ def test_refusals(changes, words):
         ({**LLAMA3, "high_freq_factor": 1.0}, ["low_freq_factor is 1.0", "high_freq_factor 1.0"]),
         ({**LLAMA3, "original_max_position_embeddings": 32.5}, ["is 32.5", "positive integer"]),
         ({**YARN, "beta_fast": 1, "beta_slow": 2}, ["beta_fast is 1.0", "beta_slow 2.0"]),
+        (
+            {**YARN, "factor": None, "original_max_position_embeddings": 4096},
+            ["factor is 0.5", "at least 1"],
+        ),
         ({**YARN, "truncate": "no"}, ["truncate is 'no'", "true or false"]),
         ({**YARN, "finetuned": True}, ["finetuned"]),
         ({**YARN, "partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),

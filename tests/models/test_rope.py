@@ -128,8 +128,8 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
 
 def test_yarn_without_a_ramp_is_a_step():
     plain = frequencies(Rope(), head_dim=16)
-    # The pair of index 2 turns by 0.1 a token, so this often in 1,000 tokens.
-    turns = 0.1 * 1000 / (2 * math.pi)
+    # A pair of index 2.5, between the third and the fourth, would turn this often in 1,000 tokens.
+    turns = 10000 ** (-2.5 / 8) * 1000 / (2 * math.pi)
     step = Rope("yarn", 10000.0, 4.0, 1000, beta_fast=turns, beta_slow=turns, truncate=False)
     frequency = frequencies(step, head_dim=16)
     np.testing.assert_allclose(frequency[:3], plain[:3], rtol=1e-6)

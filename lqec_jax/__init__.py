@@ -1,0 +1,42 @@
+"""Large language models at 2-4 bits that still work, in JAX.
+
+Names are loaded when they are first used: `import lqec_jax` itself imports no jax.
+"""
+
+from importlib import import_module, metadata
+from typing import Any
+
+_NAMES = {
+    "combine": "lqec_jax.core.tree:combine",
+    "compress": "lqec_jax.api:compress",
+    "divergence": "lqec_jax.api:divergence",
+    "InputError": "lqec_jax.errors:InputError",
+    "linear": "lqec_jax.core.linear:linear",
+    "load": "lqec_jax.api:load",
+    "logits": "lqec_jax.api:logits",
+    "losses": "lqec_jax.train.losses",
+    "Model": "lqec_jax.models.model:Model",
+    "model_fns": "lqec_jax.models.decoder:model_fns",
+    "ModelFns": "lqec_jax.core.types:ModelFns",
+    "partition": "lqec_jax.core.tree:partition",
+    "perplexity": "lqec_jax.api:perplexity",
+    "quantize": "lqec_jax.api:quantize",
+    "save": "lqec_jax.api:save",
+    "train": "lqec_jax.train",
+}
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("lqec-jax")
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _NAMES[name].partition(":")
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,69 @@
+"""report.json: what a run did and measured, for people and for programs."""
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("lqec-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors",
+            "tokenizers")  # fmt: skip
+SKIPPED = (
+    ("embed", "an embedding is looked up, not multiplied by; kept as it came"),
+    ("norm", "a norm has one number a channel; kept as it came, in every block too"),
+    ("head", "the head decides tokens directly and is kept as it came, as in the papers"),
+)
+
+
+def build_report(state: Mapping[str, Any], *, recipe: str, seed: int, dtype: str) -> dict[str, Any]:
+    """Puts a run's measurements together.
+
+    Args:
+      state: the run's, see `io.run`.
+    Returns:
+      `recipe, seed, bits_per_weight, stages, linears, fits, skipped, peak_rss_mb, seconds,
+      environment`. Bits are over the linears that were compressed; seconds are the stages' sum.
+    """
+    linears = list(state.get("linears", {}).values())
+    weights = [linear["d_in"] * linear["d_out"] for linear in linears]
+    bits = sum(linear["bits_per_weight"] * n for linear, n in zip(linears, weights, strict=True))
+    stages = list(state.get("stages", []))
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "bits_per_weight": bits / sum(weights),
+        "stages": stages,
+        "linears": linears,
+        "fits": list(state.get("fits", [])),
+        "skipped": [{"path": path, "reason": reason} for path, reason in SKIPPED],
+        "peak_rss_mb": peak_rss_mb(),
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "environment": describe_environment() | {"compute_dtype": dtype},
+    }
+
+
+def peak_rss_mb() -> float:
+    """Returns the most memory this process has held, in MB of 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns versions and devices."""
+    import jax
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,130 @@
+"""Parameter trees as named arrays plus a description of every compressed weight, and back.
+
+A dense array keeps its path, 'attn_norm.scale'. A compressed weight becomes one array a field,
+'attn.q.base.codes', and one description: which format each operator is, with its static fields. A
+new format needs one line in `FORMATS`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from lqec_kernels import formats
+from lqec_kernels.formats import CompressedLinear
+
+from lqec_jax.core.tree import set_at
+from lqec_jax.core.types import Params
+from lqec_jax.errors import InputError
+
+FORMATS = {
+    "dense": formats.Dense,
+    "affine": formats.Affine,
+    "low_rank": formats.LowRank,
+    "channel_scale": formats.ChannelScale,
+}
+_NAMES = {cls: name for name, cls in FORMATS.items()}
+_SUFFIX = "/kernel"  # of a linear's path; left out of names
+
+
+def flatten(tree: Params, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """Takes nested dicts apart.
+
+    Returns:
+      Arrays by dotted name, and descriptions of the compressed weights by path ('attn/q').
+    """
+    arrays: dict[str, np.ndarray] = {}
+    weights: dict[str, dict] = {}
+    for key, node in tree.items():
+        path = f"{prefix}/{key}" if prefix else key
+        if isinstance(node, CompressedLinear):
+            path = path.removesuffix(_SUFFIX)
+            weights[path] = _describe_linear(node, path, arrays)
+        elif isinstance(node, dict):
+            inner_arrays, inner_weights = flatten(node, path)
+            arrays |= inner_arrays
+            weights |= inner_weights
+        else:
+            arrays[_dotted(path)] = np.asarray(jax.device_get(node))
+    return arrays, weights
+
+
+def unflatten(arrays: Mapping[str, np.ndarray], weights: Mapping[str, dict]) -> Params:
+    """Puts nested dicts together again: the inverse of `flatten`.
+
+    Raises:
+      InputError: an operator of a format this version does not know; a missing array.
+    """
+    tree: Params = {}
+    used = set()
+    for path, description in weights.items():
+        leaf, names = _build_linear(path, description, arrays)
+        tree = set_at(tree, path + _SUFFIX, leaf)
+        used |= names
+    for name, array in arrays.items():
+        if name not in used:
+            tree = set_at(tree, name.replace(".", "/"), array)
+    return tree
+
+
+def _describe_linear(leaf: CompressedLinear, path: str, arrays: dict) -> dict:
+    def describe(operator: Any, place: str) -> dict | None:
+        return None if operator is None else _describe(operator, f"{path}/{place}", arrays)
+
+    return {
+        "base": describe(leaf.base, "base"),
+        "corrections": [describe(c, f"corrections/{i}") for i, c in enumerate(leaf.corrections)],
+        "input_transform": describe(leaf.input_transform, "input_transform"),
+        "output_transform": describe(leaf.output_transform, "output_transform"),
+    }
+
+
+def _describe(operator: Any, path: str, arrays: dict) -> dict:
+    """Adds an operator's arrays to `arrays` and returns its static half."""
+    description: dict[str, Any] = {"format": _NAMES[type(operator)]}
+    for field in dataclasses.fields(operator):
+        value = getattr(operator, field.name)
+        if field.metadata.get("static"):
+            description[field.name] = value
+        elif value is not None:
+            arrays[_dotted(f"{path}/{field.name}")] = np.asarray(jax.device_get(value))
+    return description
+
+
+def _build_linear(path: str, description: dict, arrays: Mapping) -> tuple[CompressedLinear, set]:
+    names: set[str] = set()
+
+    def build(part: dict | None, place: str) -> Any:
+        return None if part is None else _build(part, f"{path}/{place}", arrays, names)
+
+    corrections = enumerate(description["corrections"])
+    leaf = CompressedLinear(
+        base=build(description["base"], "base"),
+        corrections=tuple(build(part, f"corrections/{i}") for i, part in corrections),
+        input_transform=build(description["input_transform"], "input_transform"),
+        output_transform=build(description["output_transform"], "output_transform"),
+    )
+    return leaf, names
+
+
+def _build(description: dict, path: str, arrays: Mapping, names: set[str]) -> Any:
+    cls = FORMATS.get(description["format"])
+    if cls is None:
+        raise InputError(
+            f"{path}: format {description['format']!r} is not known to this version; "
+            f"known: {', '.join(FORMATS)}; upgrade lqec-jax"
+        )
+    values = {}
+    for field in dataclasses.fields(cls):
+        name = _dotted(f"{path}/{field.name}")
+        if field.metadata.get("static"):
+            values[field.name] = description[field.name]
+        else:
+            names.add(name)
+            values[field.name] = arrays.get(name)
+    return cls(**values)
+
+
+def _dotted(path: str) -> str:
+    return path.replace("/", ".")

@@ -1,0 +1,124 @@
+"""The folder of an unfinished run: `OUT.partial`, until it is renamed to `OUT`.
+
+    state.json                  fingerprint, how far the run is, what it measured; replaced atomically
+    streams/NAME-SLOT.npy       hidden states of all windows before and after the block at work
+    phase-P/block-I.safetensors blocks that are finished
+    phase-P/training/           Orbax's, while a model step runs
+
+A stream is read from one slot and written to the other, so a kill in the middle of a block leaves
+whole what the block began with. Recomputing it instead would change the result's last bits.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lqec_jax.core.types import Params
+from lqec_jax.errors import InputError
+from lqec_jax.io.artifact import check_free
+from lqec_jax.io.checkpoints import Checkpoints
+from lqec_jax.io.files import replace_folder, write_json, write_tensors
+from lqec_jax.io.hf import read_json
+from lqec_jax.io.leaves import flatten, unflatten
+from lqec_jax.io.tensor_file import read_entry, read_header
+
+STATE = "state.json"
+
+
+class Run:
+    """One compression, resumable from its folder.
+
+    Attributes:
+      state: 'phase' and 'blocks' finished so far, and what the driver adds to be kept with them.
+    """
+
+    def __init__(self, folder: Path, out: Path | None, state: dict):
+        self.folder, self.out, self.state = folder, out, state
+
+    @classmethod
+    def begin(
+        cls, out: Path | None, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> "Run":
+        """Starts a run, or takes up the one that `out` was left with.
+
+        Args:
+          out: the finished folder to be; None works in a temporary folder and cannot resume.
+          fingerprint: everything that decides the result, by name.
+        Raises:
+          InputError: `out` exists; an unfinished run is there and neither `resume` nor `overwrite`
+            was said; the unfinished run was of other settings (names them); there is nothing to resume.
+        """
+        fresh = {"fingerprint": dict(fingerprint), "phase": 0, "blocks": 0}
+        if out is None:
+            return cls(Path(tempfile.mkdtemp(prefix="lqec-")), None, fresh)
+        check_free(out, overwrite)
+        folder = out.with_name(out.name + ".partial")
+        if resume:
+            return cls(folder, out, _resumed(folder, fingerprint))
+        if folder.exists():
+            if not overwrite:
+                raise InputError(
+                    f"{folder} holds an unfinished run; add --resume to continue it, "
+                    "or --overwrite to begin again"
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        run = cls(folder, out, fresh)
+        run.commit()
+        return run
+
+    def commit(self, **changes: Any) -> None:
+        """Records progress; everything it speaks of must be on disk already."""
+        self.state |= changes
+        write_json(self.folder / STATE, self.state)
+
+    def save_block(self, phase: int, number: int, tree: Params) -> None:
+        folder = self.folder / f"phase-{phase}"
+        folder.mkdir(exist_ok=True)
+        arrays, weights = flatten(tree)
+        write_tensors(folder / f"block-{number}.safetensors", arrays)
+        write_json(folder / f"block-{number}.json", weights)
+
+    def load_block(self, phase: int, number: int) -> Params:
+        path = self.folder / f"phase-{phase}" / f"block-{number}.safetensors"
+        arrays = {name: read_entry(entry) for name, entry in read_header(path).items()}
+        tree = unflatten(arrays, read_json(path.with_suffix(".json")))
+        return jax.tree.map(jax.numpy.asarray, tree)
+
+    def stream(self, name: str, slot: int, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+        """Opens one side of a stream, making it if need be."""
+        path = self.folder / "streams" / f"{name}-{slot}.bin"
+        path.parent.mkdir(exist_ok=True)
+        return np.memmap(path, np.dtype(dtype), "r+" if path.exists() else "w+", shape=shape)
+
+    def training(self, phase: int) -> Checkpoints:
+        """Opens the checkpoints of a model step."""
+        return Checkpoints(self.folder / f"phase-{phase}" / "training")
+
+    def finish(self, artifact: Path) -> None:
+        """Gives the finished artifact its name and removes what is left of the run."""
+        replace_folder(artifact, self.out)
+        self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _resumed(folder: Path, fingerprint: Mapping[str, Any]) -> dict:
+    if not (folder / STATE).is_file():
+        raise InputError(f"there is no unfinished run at {folder}; leave out --resume")
+    state = read_json(folder / STATE)
+    before = state["fingerprint"]
+    changed = [name for name in fingerprint if before.get(name) != fingerprint[name]]
+    if changed:
+        shown = "; ".join(f"{n} was {before.get(n)!r}, is {fingerprint[n]!r}" for n in changed)
+        raise InputError(
+            f"{folder} was begun with other settings: {shown}; "
+            "give the same ones, or --overwrite to begin again"
+        )
+    return state

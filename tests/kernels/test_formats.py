@@ -1,0 +1,177 @@
+"""Formats of compressed weights: what they stand for, and what they cost to store."""
+
+import dataclasses
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
+
+D_IN, D_OUT, GROUP = 96, 10, 32
+KINDS = ("symmetric", "packed", "floating")
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+@lru_cache
+def draw_affine(kind: str, bits: int = 3, lead: tuple = (), scale_dtype=np.float16):
+    """Returns an Affine and the numpy arrays that it was made of."""
+    random = np.random.RandomState(bits)
+    codes = random.randint(0, 2**bits, (*lead, D_IN, D_OUT)).astype(np.uint8)
+    scales = (0.01 + random.rand(*lead, D_IN // GROUP, D_OUT)).astype(scale_dtype)
+    zeros = {
+        "symmetric": None,
+        "packed": random.randint(0, 2**bits, scales.shape).astype(np.uint8),
+        "floating": (random.rand(*scales.shape) * 2**bits).astype(np.float16),
+    }[kind]
+    arrays = [
+        jnp.asarray(codes),
+        jnp.asarray(scales),
+        None if zeros is None else jnp.asarray(zeros),
+    ]
+    base = jax.jit(partial(Affine.from_codes, bits=bits, group_size=GROUP))(*arrays)
+    return base, codes, scales, zeros
+
+
+@jax.jit
+def dense_of(operator):
+    return operator.dense()
+
+
+def dense_by_numpy(codes, scales, zeros, bits):
+    zeros = np.full(scales.shape, 2 ** (bits - 1)) if zeros is None else zeros
+    spread = [np.repeat(a.astype(np.float32), GROUP, axis=-2) for a in (scales, zeros)]
+    return (codes.astype(np.float32) - spread[1]) * spread[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [*((kind, 3) for kind in KINDS), ("packed", 1), ("symmetric", 8)]
+)
+def test_affine_is_its_formula(kind, bits):
+    base, codes, scales, zeros = draw_affine(kind, bits)
+    assert (base.d_in, base.d_out) == (D_IN, D_OUT)
+    dense = dense_of(base)
+    assert dense.dtype == jnp.float32
+    np.testing.assert_array_equal(dense, dense_by_numpy(codes, scales, zeros, bits))
+
+
+@pytest.mark.parametrize("kind", ["packed", "floating"])
+def test_a_stack_is_its_layers(kind):
+    base, codes, scales, zeros = draw_affine(kind, bits=3, lead=(2,))
+    assert (base.d_in, base.d_out) == (D_IN, D_OUT)
+    wanted = dense_by_numpy(codes, scales, zeros, 3)
+    np.testing.assert_array_equal(dense_of(base), wanted)
+    np.testing.assert_array_equal(jax.vmap(dense_of)(base), wanted)
+    second = jax.tree.map(lambda leaf: leaf[1], base)
+    np.testing.assert_array_equal(dense_of(second), wanted[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_columns_are_those_columns_of_the_weight(kind):
+    base, *_ = draw_affine(kind)
+
+    @jax.jit
+    def dense_of_some(base):
+        cut = jax.tree.map(lambda array: array[..., 3:7], base.columns())
+        return base.layout.dense(cut, jnp.float32)
+
+    np.testing.assert_array_equal(dense_of_some(base), dense_of(base)[:, 3:7])
+    assert hash(base.layout) == hash(draw_affine(kind)[0].layout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero_bits"), [("symmetric", 0), ("packed", 3 * 32 * 3), ("floating", 3 * D_OUT * 16)]
+)
+def test_stored_bits_are_the_bytes_held(kind, zero_bits):
+    base, *_ = draw_affine(kind, bits=3)
+    codes_bits = D_IN * D_OUT * 3  # 96 rows are whole runs
+    scale_bits = (D_IN // GROUP) * D_OUT * 16
+    # Zeros are packed along d_out: 10 columns take one run of 32.
+    assert base.stored_bits() == codes_bits + scale_bits + zero_bits
+    assert base.stored_bits() == 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+
+
+def test_float32_scales_cost_twice_float16():
+    half, *_ = draw_affine("symmetric")
+    single, *_ = draw_affine("symmetric", scale_dtype=np.float32)
+    assert single.stored_bits() - half.stored_bits() == (D_IN // GROUP) * D_OUT * 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_are_structure_and_arrays_are_leaves(kind):
+    base, *_ = draw_affine(kind)
+    leaves, structure = jax.tree.flatten(base)
+    assert len(leaves) == (2 if kind == "symmetric" else 3)
+    again = jax.tree.unflatten(structure, leaves)
+    assert (again.bits, again.group_size, again.d_in) == (3, GROUP, D_IN)
+    other = dataclasses.replace(base, group_size=16)
+    assert jax.tree.structure(other) != structure
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        base.bits = 4
+
+
+def test_dense_base_is_the_weight():
+    w = draw(D_IN, D_OUT)
+    base = Dense(jnp.asarray(w, jnp.bfloat16))
+    assert (base.d_in, base.d_out, base.stored_bits()) == (D_IN, D_OUT, D_IN * D_OUT * 16)
+    assert base.dense().dtype == jnp.float32
+    np.testing.assert_array_equal(base.layout.dense(base.columns(), jnp.float32), base.dense())
+
+
+def test_low_rank_applies_what_it_stands_for():
+    a, b, x = draw(D_IN, 4), draw(4, D_OUT, seed=1), draw(5, D_IN, seed=2)
+    correction = LowRank(jnp.asarray(a), jnp.asarray(b, jnp.float16))
+    assert correction.rank == 4
+    assert correction.stored_bits() == 4 * D_IN * 32 + 4 * D_OUT * 16
+    wanted = x @ a @ b.astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(correction.apply(x), wanted, atol=1e-4)
+    np.testing.assert_allclose(x @ np.asarray(correction.dense()), wanted, atol=1e-4)
+    assert correction.apply(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_channel_scale_is_its_own_transpose():
+    transform = ChannelScale(jnp.arange(1.0, D_IN + 1))
+    x = draw(2, D_IN)
+    np.testing.assert_allclose(transform.apply(x), x * np.arange(1, D_IN + 1), rtol=1e-6)
+    np.testing.assert_array_equal(transform.apply_transpose(x), transform.apply(x))
+    assert transform.stored_bits() == 32 * D_IN
+
+
+def compressed() -> CompressedLinear:
+    return CompressedLinear(
+        base=draw_affine("packed")[0],
+        corrections=tuple(
+            LowRank(jnp.asarray(draw(D_IN, r, seed=r)), jnp.asarray(draw(r, D_OUT))) for r in (2, 5)
+        ),
+        input_transform=ChannelScale(jnp.asarray(1 + np.abs(draw(D_IN)))),
+        output_transform=ChannelScale(jnp.asarray(1 + np.abs(draw(D_OUT)))),
+    )
+
+
+def test_a_compressed_weight_is_the_sum_of_its_terms():
+    leaf = compressed()
+    assert (leaf.d_in, leaf.d_out) == (D_IN, D_OUT)
+    base, into, out = (
+        np.asarray(array)
+        for array in (dense_of(leaf.base), leaf.input_transform.scale, leaf.output_transform.scale)
+    )
+    wanted = into[:, None] * base * out
+    for correction in leaf.corrections:
+        wanted = wanted + np.asarray(correction.a) @ np.asarray(correction.b)
+    np.testing.assert_allclose(dense_of(leaf), wanted, atol=1e-4)
+    np.testing.assert_array_equal(dense_of(CompressedLinear(leaf.base)), base)
+
+
+def test_bits_per_weight_counts_everything_stored():
+    leaf = compressed()
+    held = 8 * sum(array.nbytes for array in jax.tree.leaves(leaf))
+    assert leaf.stored_bits() == held
+    assert leaf.bits_per_weight == held / (D_IN * D_OUT)
+    stack = jax.tree.map(lambda array: np.stack([array] * 3), leaf)
+    assert stack.bits_per_weight == leaf.bits_per_weight
+    assert CompressedLinear(Dense(jnp.zeros((4, 6)))).bits_per_weight == 32
