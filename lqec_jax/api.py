@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lqec_kernels.formats import CompressedLinear, Dense
 
 from lqec_jax.calibration.collect import collect
 from lqec_jax.calibration.data import check_tokens, cut_windows, load_tokens, split_windows
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.tree import stack_blocks, unstack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.driver import Driver, Source, Text, apply_steps, preview
 from lqec_jax.errors import InputError
@@ -28,6 +27,7 @@ from lqec_jax.models import families
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_kernels.formats import CompressedLinear, Dense
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -36,7 +36,8 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
     """Loads a Hugging Face folder, a hub id, or an artifact; compressed weights stay packed.
 
     Args:
-      dtype: of activations: 'float32', 'bfloat16', or 'auto', float32 on a CPU and bfloat16 elsewhere.
+      dtype: of activations: 'float32', 'bfloat16', or 'auto', float32 on a CPU and bfloat16
+        elsewhere.
     Raises:
       InputError: what is there is missing, damaged, or not a model this library knows.
     """
@@ -75,8 +76,8 @@ def perplexity(
 ) -> scores.Perplexity:
     """Scores a model on a stream of tokens.
 
-    The stream is cut into consecutive windows, the remainder dropped; each window is fed alone and its
-    tokens 1 .. seqlen-1 are predicted.
+    The stream is cut into consecutive windows, the remainder dropped; each window is fed alone and
+    its tokens 1 .. seqlen-1 are predicted.
 
     Args:
       tokens: int [n] or windows [n, seqlen].
@@ -93,7 +94,7 @@ def perplexity(
 def divergence(
     student: Model, teacher: Model, tokens: Any, seqlen: int = 2048, *, protocol: str = "tokens"
 ) -> scores.Divergence:
-    """Returns mean KL(teacher || student) per token and how often both rank the same token first."""
+    """Returns mean KL(teacher || student) per token and how often their first choices agree."""
     if student.config.vocab_size != teacher.config.vocab_size:
         raise InputError(
             f"divergence: the student has {student.config.vocab_size} tokens, the teacher "

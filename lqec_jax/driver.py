@@ -1,12 +1,12 @@
 """The streaming driver: a recipe applied to a model, one block's dense weights at a time.
 
-Two streams of hidden states run side by side through the blocks: the teacher's, through dense weights,
-and the student's, through what has been compressed so far. Statistics are the student's. When the last
-block is done the teacher's stream is the cached target of the model steps, so the dense teacher runs
-once and is never held whole.
+Two streams of hidden states run side by side through the blocks: the teacher's, through dense
+weights, and the student's, through what has been compressed so far. Statistics are the student's.
+When the last block is done the teacher's stream is the cached target of the model steps, so the
+dense teacher runs once and is never held whole.
 
-Peak host memory: one dense block in float32, the packed student, one batch of windows; the streams are
-files. A finished block is committed with both streams, see `io.run`.
+Peak host memory: one dense block in float32, the packed student, one batch of windows; the streams
+are files. A finished block is committed with both streams, see `io.run`.
 """
 
 import time
@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lqec_kernels.formats import CompressedLinear, Dense
 
 from lqec_jax.calibration.collect import collect
 from lqec_jax.core.progress import Reporter, Silent
@@ -39,6 +38,7 @@ from lqec_jax.io.run import Run
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import Recipe
+from lqec_kernels.formats import CompressedLinear, Dense
 
 # Windows that walk through a block together, in tokens.
 STREAM_TOKENS = 4096
@@ -112,7 +112,7 @@ class Driver:
 
     @property
     def phases(self) -> tuple[tuple[Step, ...], ...]:
-        """Returns the recipe's phases; a streamed one comes first, for it makes the teacher's answers."""
+        """Returns the recipe's phases, a streamed one first: it makes the teacher's answers."""
         phases = self.recipe.phases
         return phases if phases[0][0].scope != "model" else ((), *phases)
 
@@ -410,7 +410,7 @@ def _apply_block(fns: ModelFns) -> Callable:
 
 @lru_cache(maxsize=64)
 def _inputs(fns: ModelFns, path: str) -> Callable:
-    """Returns a compiled (block, h) -> what one linear reads; the rest of the block is not computed."""
+    """Returns a compiled (block, h) -> what one linear reads, computing no more of the block."""
     return jax.jit(lambda block, h: fns.block(block, h)[1][path])
 
 

@@ -1,7 +1,8 @@
 """The errors a user can cause, each one line: what came, what was wanted, what to do.
 
 `InputError` is a `ValueError`, so a script may catch either; the command line prints it after
-`error: ` and exits with 2. `CheckFailed` exits with 3. Everything else is our fault and exits with 1.
+`error: ` and exits with 2. `CheckFailed` exits with 3. Everything else is our fault and exits with
+1.
 """
 
 import difflib

@@ -18,11 +18,13 @@ class Method(NamedTuple):
     idea: str
 
 
+# fmt: off
 METHODS = {
-    "rtn": Method("lqec_jax.quantizers.rtn:rtn", "linear", "1-8", "none; rms for clip_search='output'", "2210.17323 §2", "round each weight to its group's uniform grid"),
-    "svd": Method("lqec_jax.compensation.svd:svd", "linear", "-", "none", "Eckart & Young 1936", "the best rank-r approximation of the weight error"),
-    "rilq": Method("lqec_jax.compensation.rilq:rilq", "model", "-", "teacher's hidden states", "2412.01129", "train all adapters on one model-wise discrepancy + next-token loss"),
-}  # fmt: skip
+    "rtn": Method("lqec_jax.quantizers.rtn:rtn", "linear", "1-8", "none, or rms", "2210.17323", "round each weight to its group's uniform grid"),
+    "svd": Method("lqec_jax.compensation.svd:svd", "linear", "-", "none", "Eckart-Young 1936", "the best rank-r correction of the weight error"),
+    "rilq": Method("lqec_jax.compensation.rilq:rilq", "model", "-", "hidden states", "2412.01129", "train all adapters on one model-wise loss + next token"),
+}
+# fmt: on
 
 
 def find_factory(name: str) -> Callable:

@@ -2,9 +2,9 @@
 
     y = T_out( base( T_in(x) ) ) + Σ correction(x)
 
-Every operator is a frozen dataclass registered as a pytree: arrays are leaves, sizes are static. All
-matrices are [d_in, d_out]; arrays may carry leading axes (a stack of layers), which the products do
-not see because `scan` and `vmap` take them away first.
+Every operator is a frozen dataclass registered as a pytree: arrays are leaves, sizes are static.
+All matrices are [d_in, d_out]; arrays may carry leading axes (a stack of layers), which the
+products do not see because `scan` and `vmap` take them away first.
 
 A base says how it is cut by output column: `columns()` returns arrays whose last axis is d_out, and
 `layout.dense(columns)` gives the dense weight of just those columns. That pair is all a product, a
@@ -250,6 +250,6 @@ class CompressedLinear:
 
     @property
     def bits_per_weight(self) -> float:
-        """Returns stored bits over the number of weights they stand for, a stack's layers included."""
+        """Returns stored bits over the weights they stand for, a stack's layers included."""
         layers = math.prod(self.stack_shape)
         return self.stored_bits() / (layers * self.d_in * self.d_out)

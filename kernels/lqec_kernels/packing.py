@@ -1,8 +1,9 @@
 """Codes of 1 to 8 bits in uint32 words, LSB first, in runs of 32 codes.
 
-Rows 32r .. 32r+31 of a column form run r; its codes are one stream of 32·bits bits, least significant
-bit first, held in `bits` words. That is GPTQ's qweight as it stands, and compressed-tensors' after a
-transpose. Rows are padded with zero codes to a whole run; the true number of rows is the caller's.
+Rows 32r .. 32r+31 of a column form run r; its codes are one stream of 32·bits bits, least
+significant bit first, held in `bits` words. That is GPTQ's qweight as it stands, and
+compressed-tensors' after a transpose. Rows are padded with zero codes to a whole run; the true
+number of rows is the caller's.
 """
 
 import jax

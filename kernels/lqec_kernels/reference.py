@@ -36,8 +36,8 @@ def tiled_matmul(x: jax.Array, base: Base, *, shards: int = 1) -> jax.Array:
       shards: over how many devices the columns are split; tiles are cut inside each share, so that
         every device works on its own columns of every tile.
     Returns:
-      [..., d_out] of x.dtype. Differentiable in x and in the base's floating arrays (scales, zeros),
-      whose gradients are computed only where they are asked for.
+      [..., d_out] of x.dtype. Differentiable in x and in the base's floating arrays (scales,
+      zeros), whose gradients are computed only where they are asked for.
     Cost: 2 · tokens · d_in · d_out flops, and the base is unpacked once per direction.
     """
     if base.d_out % shards:
@@ -120,7 +120,8 @@ def _dot_transpose(dy: jax.Array, w: jax.Array, cut: Cut) -> jax.Array:
 def _take(columns, number, cut: Cut):
     """Returns one tile: [..., d_out] -> [..., d_out / tiles].
 
-    Tiles are sliced inside the loop; cut before it, they would be a second copy of the packed arrays.
+    Tiles are sliced inside the loop; cut before it, they would be a second copy of the packed
+    arrays.
     """
 
     def take(array):

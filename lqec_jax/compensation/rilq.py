@@ -1,9 +1,9 @@
 """RILQ: all adapters trained together on what the whole model answers.
 
-L = w_m · mean((H_q - H)²) + w_t · CE, with H the teacher's final hidden states, cached once, and only the
-adapters trained (Lee et al., arXiv:2412.01129; reference aiha-lab/RILQ@42e2be2 main.py). Because the
-loss sees the last layer alone, errors of one linear may be made good by another, and the rank hardly
-matters.
+L = w_m · mean((H_q - H)²) + w_t · CE, with H the teacher's final hidden states, cached once, and
+only the adapters trained (Lee et al., arXiv:2412.01129; reference aiha-lab/RILQ@42e2be2 main.py). Because
+the loss sees the last layer alone, errors of one linear may be made good by another, and the rank
+hardly matters.
 
 Differs from the reference: the base stays packed; windows are shuffled anew every epoch; step 0 may
 win; adapters and moments are float32 whatever the compute dtype. `preset='paper'` restores its
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from lqec_kernels.formats import CompressedLinear, LowRank
 
 from lqec_jax.core.arguments import check_choice, check_int, check_number, check_rank, resolve_rank
 from lqec_jax.core.closed_form import balance
@@ -27,6 +26,7 @@ from lqec_jax.core.types import ModelFns, ModelProblem, ModelSolution, Params, S
 from lqec_jax.errors import InputError
 from lqec_jax.train.fit import Objective, Schedule, fit
 from lqec_jax.train.losses import rilq_terms
+from lqec_kernels.formats import CompressedLinear, LowRank
 
 REFERENCE = "aiha-lab/RILQ@42e2be2 main.py"
 
@@ -65,8 +65,8 @@ def rilq(
 
     Args:
       rank: of new adapters, an integer or a fraction of min(d_in, d_out); 64 unless said.
-      alpha: the published form is y += (alpha/rank) (x A) B; b is stored with that factor inside and
-        moves alpha/rank times as far an update, which is the same training.
+      alpha: the published form is y += (alpha/rank) (x A) B; b is stored with that factor inside
+        and moves alpha/rank times as far an update, which is the same training.
       lr: of Adam (betas 0.9, 0.999). `decay` brings it to zero by 'cosine' or leaves it 'constant'.
       updates, batch: at most so many updates of so many windows, in `accumulate` equal parts.
       weight_decay: decoupled, of both factors.
@@ -79,8 +79,16 @@ def rilq(
         on both small models (`OURS`). An argument given wins over the preset.
     """
     check_choice("rilq", "preset", preset, PRESETS)
-    given = {"alpha": alpha, "lr": lr, "updates": updates, "batch": batch, "decay": decay,
-             "weight_decay": weight_decay, "patience": patience, "eval_every": eval_every}  # fmt: skip
+    given = {
+        "alpha": alpha,
+        "lr": lr,
+        "updates": updates,
+        "batch": batch,
+        "decay": decay,
+        "weight_decay": weight_decay,
+        "patience": patience,
+        "eval_every": eval_every,
+    }
     chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
     fixed = {"rank": rank, "accumulate": accumulate, "target": target, "dtype": dtype,
              "model_weight": model_weight, "token_weight": token_weight}  # fmt: skip

@@ -7,11 +7,11 @@ compensation that LoftQ (arXiv:2310.08659) iterates and that LQEC papers call pl
 import dataclasses
 
 import jax.numpy as jnp
-from lqec_kernels.formats import CompressedLinear, LowRank
 
 from lqec_jax.core.arguments import check_choice, check_rank, resolve_rank
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_kernels.formats import CompressedLinear, LowRank
 
 REFERENCE = "closed form"
 

@@ -1,6 +1,7 @@
 """The one function through which every model multiplies by every weight."""
 
 import jax
+
 from lqec_kernels import packed_matmul
 from lqec_kernels.formats import CompressedLinear
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from lqec_kernels.formats import CompressedLinear
 
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError, did_you_mean
+from lqec_kernels.formats import CompressedLinear
 
 
 def get_at(tree: dict, path: str) -> Any:

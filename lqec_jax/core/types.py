@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
 from lqec_kernels.formats import CompressedLinear
 
 Params = Any  # a pytree of arrays and CompressedLinear leaves
@@ -50,8 +51,9 @@ class Step:
         for `model`, (ModelProblem) -> ModelSolution.
       needs: names of `LinearStats` fields that must be collected for it.
       arguments: all arguments after defaults, printable; part of a run's fingerprint.
-      preview: for `model`, what becomes of one weight, (CompressedLinear) -> CompressedLinear; called
-        on shapes alone, so that a refusal and the final size are known before the first flop.
+      preview: for `model`, what becomes of one weight, (CompressedLinear) -> CompressedLinear;
+        called on shapes alone, so that a refusal and the final size are known before the first
+        flop.
       objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar; linear only.
       objective_name: the same in words.
     """
@@ -75,8 +77,8 @@ class Step:
 class ModelFns:
     """A decoder as pure functions; anyone's model that offers them can be compressed.
 
-    `params` is a dict with 'blocks': a tuple of segments, each one block's tree stacked on a leading
-    layer axis (blocks of unequal structure make segments of their own).
+    `params` is a dict with 'blocks': a tuple of segments, each one block's tree stacked on a
+    leading layer axis (blocks of unequal structure make segments of their own).
 
     Attributes:
       embed: (params, tokens int [b, t]) -> h [b, t, d].
@@ -84,7 +86,8 @@ class ModelFns:
       hidden: (params, tokens) -> (pre_norm, post_norm), both [b, t, d].
       head: (params, post_norm [..., d], start=0, size=None) -> float32 logits of the vocabulary
         columns start .. start + size (all of them by default).
-      linear_groups: paths of a block's linears in data-flow order, those that share an input together.
+      linear_groups: paths of a block's linears in data-flow order, those that share an input
+        together.
       norm: (params, pre_norm) -> post_norm.
       row_parallel: the linears whose input, not output, is split over devices.
       vocab_size: width of the head.
@@ -120,7 +123,8 @@ class ModelProblem:
     Attributes:
       fns: the model's functions, which also fix the compute dtype.
       params: the student.
-      teacher: pre-norm hidden states of the teacher for all windows, [n, t, d], on disk or in memory.
+      teacher: pre-norm hidden states of the teacher for all windows, [n, t, d], on disk or in
+        memory.
       train, val: int32 windows [n, t]; `teacher` holds train's rows first, then val's.
       key: random key.
       mesh: devices to run on, or None for one.
@@ -148,6 +152,6 @@ class ModelSolution:
 
 
 def weight_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
-    """Returns ||w - ŵ||² / ||w||², the relative error of a compressed weight; 0 for a zero weight."""
+    """Returns ||w - ŵ||² / ||w||², the relative error of a weight; 0 for a zero one."""
     error = jnp.sum(jnp.square(problem.w - leaf.dense()))
     return error / jnp.maximum(jnp.sum(jnp.square(problem.w)), jnp.finfo(jnp.float32).tiny)

@@ -28,7 +28,8 @@ class Perplexity:
     Attributes:
       ppl: exp(nll).
       nll: nats per predicted token.
-      low, high: ppl at nll ∓ 1.96 standard errors of the windows' means; equal to ppl for one window.
+      low, high: ppl at nll ∓ 1.96 standard errors of the windows' means; equal to ppl for one
+        window.
       tokens: how many were predicted.
       windows: how many were fed.
       protocol: how the text became windows, and their length.
@@ -75,7 +76,7 @@ def perplexity(
 
 
 def score_hidden(fns: ModelFns, params: Params, pre_norm, windows, protocol: str) -> Perplexity:
-    """Scores the last block's output, [n, T, d], on disk or in memory, without running the blocks."""
+    """Scores the last block's output, [n, T, d], without running the blocks."""
     score = _score_hidden(fns)
     batches = _batches(len(windows), windows.shape[1], fns)
     outer = {name: value for name, value in params.items() if name != "blocks"}

@@ -7,8 +7,17 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("lqec-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors",
-            "tokenizers")  # fmt: skip
+PACKAGES = (
+    "lqec-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
 SKIPPED = (
     ("embed", "an embedding is looked up, not multiplied by; kept as it came"),
     ("norm", "a norm has one number a channel; kept as it came, in every block too"),

@@ -1,7 +1,7 @@
 """The artifact folder: config.json and tokenizer as given, lqec.json, safetensors, report.json.
 
-lqec.json says what every compressed weight is made of; the safetensors hold the arrays, in shards with
-an index where they are large. The folder is written under a temporary name and renamed.
+lqec.json says what every compressed weight is made of; the safetensors hold the arrays, in shards
+with an index where they are large. The folder is written under a temporary name and renamed.
 """
 
 import shutil

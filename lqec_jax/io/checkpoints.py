@@ -10,8 +10,8 @@ import jax
 class Checkpoints:
     """Keeps the newest training state under a folder: three methods around Orbax's manager.
 
-    A state is (arrays, facts): a pytree, and JSON. It is written under a temporary name and renamed,
-    so a kill leaves the one before.
+    A state is (arrays, facts): a pytree, and JSON. It is written under a temporary name and
+    renamed, so a kill leaves the one before.
     """
 
     def __init__(self, folder: Path):

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from lqec_kernels import formats
-from lqec_kernels.formats import CompressedLinear
 
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
+from lqec_kernels import formats
+from lqec_kernels.formats import CompressedLinear
 
 FORMATS = {
     "dense": formats.Dense,

@@ -1,8 +1,8 @@
 """The folder of an unfinished run: `OUT.partial`, until it is renamed to `OUT`.
 
-    state.json                  fingerprint, how far the run is, what it measured; replaced atomically
-    streams/NAME-SLOT.npy       hidden states of all windows before and after the block at work
-    phase-P/block-I.safetensors blocks that are finished
+    state.json                  fingerprint, how far the run is, what it measured; replaced
+    atomically streams/NAME-SLOT.npy       hidden states of all windows before and after the block
+    at work phase-P/block-I.safetensors blocks that are finished
     phase-P/training/           Orbax's, while a model step runs
 
 A stream is read from one slot and written to the other, so a kill in the middle of a block leaves
@@ -51,7 +51,8 @@ class Run:
           fingerprint: everything that decides the result, by name.
         Raises:
           InputError: `out` exists; an unfinished run is there and neither `resume` nor `overwrite`
-            was said; the unfinished run was of other settings (names them); there is nothing to resume.
+            was said; the unfinished run was of other settings (names them); there is nothing to
+            resume.
         """
         fresh = {"fingerprint": dict(fingerprint), "phase": 0, "blocks": 0}
         if out is None:

@@ -25,7 +25,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 def read_normalizer(path: Path) -> normalizers.Normalizer | None:
     """Returns the normalizer that a tokenizer.model asks for.
 
-    None where it changes nothing, and for a file of another kind of that name (Llama 3's is tiktoken's).
+    None where it changes nothing, and for a file of another kind of that name (Llama 3's is
+    tiktoken's).
 
     Raises:
       InputError: a SentencePiece model that is cut short or damaged.
@@ -38,7 +39,8 @@ def read_normalizer(path: Path) -> normalizers.Normalizer | None:
         settings = dict(_fields(spec))
     except (IndexError, ValueError) as error:
         raise InputError(
-            f"{path}: a damaged SentencePiece model; restore it, or remove it to trust tokenizer.json"
+            f"{path}: a damaged SentencePiece model; restore it, or remove it and use "
+            "tokenizer.json alone"
         ) from error
     steps = []
     if settings.get(_CHARSMAP):

@@ -3,8 +3,8 @@
     params = {'embed': {'embedding': [vocab, d]}, 'blocks': (segment, ...), 'norm': {'scale': [d]},
               'head': {'kernel': [d, vocab]}}          # no head where it is tied to the embedding
 
-A segment is one block's tree stacked on a leading layer axis and is walked by `lax.scan`, so compile
-time does not grow with depth.
+A segment is one block's tree stacked on a leading layer axis and is walked by `lax.scan`, so
+compile time does not grow with depth.
 """
 
 from functools import lru_cache

@@ -1,7 +1,7 @@
 """The parts of a decoder block as flax.linen modules, read functionally.
 
-Parameters are plain nested dicts: `module.apply({"params": tree}, x)`. A kernel may be an array or a
-CompressedLinear; it is declared with `param` only while initializing and otherwise read with
+Parameters are plain nested dicts: `module.apply({"params": tree}, x)`. A kernel may be an array or
+a CompressedLinear; it is declared with `param` only while initializing and otherwise read with
 `get_variable`, because linen would refuse a packed leaf for its shape.
 """
 

@@ -2,16 +2,16 @@
 
 Asymmetric with zero inside the range, or symmetric with s = 2·absmax / (2^b - 1); the baseline of
 Frantar et al. 2023, arXiv:2210.17323 §2. Differs from IST-DASLab/gptq@2d65066 quant.py: groups run
-along d_in of [d_in, d_out]; codes are computed against the scale as stored; a symmetric group without
-negative weights keeps the symmetric range, where that code would clip half of it.
+along d_in of [d_in, d_out]; codes are computed against the scale as stored; a symmetric group
+without negative weights keeps the symmetric range, where that code would clip half of it.
 """
 
 import jax.numpy as jnp
-from lqec_kernels.formats import Affine, CompressedLinear
 
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "IST-DASLab/gptq@2d65066 quant.py"
 
@@ -66,9 +66,9 @@ def rtn(
       bits: 1-8.
       group_size: must divide every d_in it meets; None is one group a column.
       symmetric: no zeros are stored.
-      clip_search: True or 'weight' shrinks each group's range to lower Σ|ŵ - w|^2.4; 'output' lowers
-        Σ E[x_i²] (ŵ_i - w_i)², the output error were inputs uncorrelated. Off by default: on small
-        models at 2 bits the weight error is a poor guide to the model's.
+      clip_search: True or 'weight' shrinks each group's range to lower Σ|ŵ - w|^2.4; 'output'
+        lowers Σ E[x_i²] (ŵ_i - w_i)², the output error were inputs uncorrelated. Off by default: on
+        small models at 2 bits the weight error is a poor guide to the model's.
       scale_dtype: 'float16', or 'float32' for twice the scale bits.
     """
     check_int("rtn", "bits", bits, 1, 8)

@@ -1,7 +1,7 @@
 """The loop around `make_update`: batches, validation, early stop, best kept, resume.
 
-Everything that decides a result is a function of the arguments: the order of windows comes from the key,
-a checkpoint holds all that later updates read, so a resumed run ends in the same bytes.
+Everything that decides a result is a function of the arguments: the order of windows comes from the
+key, a checkpoint holds all that later updates read, so a resumed run ends in the same bytes.
 """
 
 import math

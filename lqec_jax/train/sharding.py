@@ -1,9 +1,9 @@
 """Devices as a (data, model) mesh, and where each array of a model lives on it.
 
-Windows are split over `data`. Weights follow Megatron: a column-parallel weight is split along d_out, a
-row-parallel one (it reads what the former wrote) along d_in. Packed arrays are split on the same
-axes as the weight they stand for, and only where no run of 32 codes and no group straddles two
-devices; otherwise that weight is held whole by every device, and said to be.
+Windows are split over `data`. Weights follow Megatron: a column-parallel weight is split along
+d_out, a row-parallel one (it reads what the former wrote) along d_in. Packed arrays are split on
+the same axes as the weight they stand for, and only where no run of 32 codes and no group straddles
+two devices; otherwise that weight is held whole by every device, and said to be.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from lqec_kernels.formats import Affine, CompressedLinear, LowRank
-from lqec_kernels.packing import RUN
 
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
+from lqec_kernels.formats import Affine, CompressedLinear, LowRank
+from lqec_kernels.packing import RUN
 
 DATA, MODEL = "data", "model"
 

@@ -59,11 +59,11 @@ def make_update(
     Args:
       loss_fn: (params, batch) -> (scalar mean over the batch, dict of scalars).
       optimizer: any optax transformation.
-      accumulate: in how many equal parts a batch is walked; gradients are averaged in float32, so the
-        result is that of the whole batch up to round-off.
-      state_sharding: a TrainState of shardings for a mesh. Pinned for input and output both: left to
-        itself XLA returns trained arrays in another layout than they came in, and neither donation
-        nor the next call's cache hit happens.
+      accumulate: in how many equal parts a batch is walked; gradients are averaged in float32, so
+        the result is that of the whole batch up to round-off.
+      state_sharding: a TrainState of shardings for a mesh. Pinned for input and output both: left
+        to itself XLA returns trained arrays in another layout than they came in, and neither
+        donation nor the next call's cache hit happens.
     Returns:
       A compiled function. The state given to it is donated: use the one it returns. Metrics are the
       loss function's dict, with 'loss' and 'grad_norm'.

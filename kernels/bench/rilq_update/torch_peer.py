@@ -1,9 +1,10 @@
 """The PyTorch side of the RILQ update benchmark: transformers Llama, dense frozen weights, LoRA.
 
 One update is what the released RILQ loop does: 8 windows, float32, loss
-0.5 mean((h_student - h_teacher)^2) + 0.5 next-token cross entropy (h after the final norm), gradients
-for the adapters only, Adam. The weights are round-to-nearest 2-bit copies held dense, the teacher's
-states are cached, nothing is logged or evaluated in between, so that only the update is timed.
+0.5 mean((h_student - h_teacher)^2) + 0.5 next-token cross entropy (h after the final norm),
+gradients for the adapters only, Adam. The weights are round-to-nearest 2-bit copies held dense, the
+teacher's states are cached, nothing is logged or evaluated in between, so that only the update is
+timed.
 
 Four ways are timed in one process, round robin, and the fastest is the bar to beat: adapters as
 peft modules or as the plainest module that works, times 8 micro-batches of one window (the
