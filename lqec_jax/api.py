@@ -1,6 +1,5 @@
 """The verbs as functions: load, compress, score, save; `quantize` for a single matrix."""
 
-import hashlib
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -11,25 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.calibration.collect import collect
-from lqec_jax.calibration.data import check_tokens, cut_windows, load_tokens, split_windows
+from lqec_jax.calibration.data import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import stack_blocks, unstack_blocks
+from lqec_jax.core.tree import stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
-from lqec_jax.driver import Driver, Source, Text, apply_steps, preview
+from lqec_jax.driver import Driver, apply_steps
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
 from lqec_jax.evaluate.report import build_report
 from lqec_jax.io.artifact import is_artifact, load_artifact, save_artifact, write_artifact
-from lqec_jax.io.hf import Checkpoint, check_tensors, read_block, read_outer
-from lqec_jax.io.run import Run
-from lqec_jax.io.tokenizer import Tokenizer, has_tokenizer
-from lqec_jax.models import families
-from lqec_jax.models.decoder import model_fns
+from lqec_jax.io.run import Run, check_run
 from lqec_jax.models.model import Model
+from lqec_jax.prepare import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_kernels.formats import CompressedLinear, Dense
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load(path: str | Path, dtype: str = "auto") -> Model:
@@ -49,7 +43,7 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
         config=source.config,
         params=jax.tree.map(jnp.asarray, {**source.outer, "blocks": blocks}),
         raw_config=checkpoint.config,
-        tokenizer=_tokenizer(checkpoint.folder),
+        tokenizer=find_tokenizer(checkpoint.folder),
         fingerprint=source.fingerprint,
         folder=checkpoint.folder,
         dtype=resolve_dtype(dtype),
@@ -63,16 +57,22 @@ def logits(model: Model, tokens: Any) -> jax.Array:
       InputError: tokens are not [b, t], or an id is outside the vocabulary.
     """
     tokens = np.asarray(tokens)
-    if tokens.ndim != 2:
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise InputError(
-            f"logits: tokens have shape {list(tokens.shape)}; [batch, time] was wanted"
+            f"logits: tokens are {tokens.dtype} {list(tokens.shape)}; integers [batch, time] were "
+            "wanted"
         )
-    check_tokens(tokens.reshape(-1), model.config.vocab_size)
+    check_tokens(tokens, model.config.vocab_size)
     return _logits(model.fns)(model.params, tokens)
 
 
 def perplexity(
-    model: Model, tokens: Any, seqlen: int = 2048, *, protocol: str = "tokens"
+    model: Model,
+    tokens: Any,
+    seqlen: int = 2048,
+    *,
+    protocol: str = "tokens",
+    reporter: Reporter | None = None,
 ) -> scores.Perplexity:
     """Scores a model on a stream of tokens.
 
@@ -88,11 +88,17 @@ def perplexity(
       InputError: fewer tokens than one window, an id outside the vocabulary.
     """
     windows = make_windows(model.config, tokens, seqlen)
-    return scores.perplexity(model.fns, model.params, windows, protocol)
+    return scores.perplexity(model.fns, model.params, windows, protocol, reporter)
 
 
 def divergence(
-    student: Model, teacher: Model, tokens: Any, seqlen: int = 2048, *, protocol: str = "tokens"
+    student: Model,
+    teacher: Model,
+    tokens: Any,
+    seqlen: int = 2048,
+    *,
+    protocol: str = "tokens",
+    reporter: Reporter | None = None,
 ) -> scores.Divergence:
     """Returns mean KL(teacher || student) per token and how often their first choices agree."""
     if student.config.vocab_size != teacher.config.vocab_size:
@@ -102,7 +108,7 @@ def divergence(
         )
     windows = make_windows(student.config, tokens, seqlen)
     return scores.divergence(
-        (teacher.fns, teacher.params), (student.fns, student.params), windows, protocol
+        (teacher.fns, teacher.params), (student.fns, student.params), windows, protocol, reporter
     )
 
 
@@ -171,30 +177,22 @@ def compress(
     Raises:
       InputError: before any work, for whatever of the above cannot be used.
     """
-    recipe = parse_recipe(recipe)
-    source, raw_config, tokenizer, folder = _open(model)
-    text = read_text(source.config, tokenizer, calib, eval, seqlen, windows, val_ratio)
-    compute = resolve_dtype(dtype) if not isinstance(model, Model) else model.dtype
-    preview(model_fns(source.config), _linear_shapes(source.config), recipe)
-    fingerprint = {
-        "recipe": str(recipe),
-        "seed": seed,
-        "model": source.fingerprint,
-        "calibration": _digest(text.train, text.val),
-        "eval": _digest(text.held_out),
-        "dtype": np.dtype(compute).name,
-        "mesh": "one device" if mesh is None else str(dict(mesh.shape)),
-    }
+    reporter = reporter or Silent()
     out = None if out is None else Path(out)
-    run = Run.begin(out, fingerprint, resume=resume, overwrite=overwrite)
-    driver = Driver(source, recipe, text, run, seed, compute, mesh, reporter or Silent())
+    if out is not None:
+        check_run(out, resume=resume, overwrite=overwrite)  # before minutes of reading
+    job = prepare(model, recipe, calib, seqlen=seqlen, windows=windows, val_ratio=val_ratio,
+                  seed=seed, eval=eval, dtype=dtype)  # fmt: skip
+    mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
+    run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
     try:
+        reporter.say(job.text_in_words)
+        driver = Driver(job.source, job.recipe, job.text, run, seed, job.dtype, mesh, reporter)
         params = driver.compress()
-        report = build_report(
-            run.state, recipe=str(recipe), seed=seed, dtype=np.dtype(compute).name
-        )
-        small = Model(source.config, params, raw_config, tokenizer, str(recipe), report,
-                      source.fingerprint, folder, compute)  # fmt: skip
+        report = build_report(run.state, recipe=str(job.recipe), seed=seed,
+                              dtype=np.dtype(job.dtype).name)  # fmt: skip
+        small = Model(job.source.config, params, job.raw_config, job.tokenizer, str(job.recipe),
+                      report, job.source.fingerprint, job.folder, job.dtype)  # fmt: skip
         if out is not None:
             small = _finish(run, small)
     finally:
@@ -206,94 +204,6 @@ def compress(
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
     return save_artifact(model, out, overwrite=overwrite)
-
-
-def resolve_dtype(dtype: str) -> Any:
-    """Returns a compute dtype by name; 'auto' is float32 on a CPU and bfloat16 elsewhere."""
-    if dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r}; one of auto, {', '.join(DTYPES)} was wanted")
-    return DTYPES[dtype]
-
-
-def open_source(path: str | Path) -> tuple[Source, Checkpoint]:
-    """Opens a dense checkpoint: everything about it is checked, no block is read."""
-    if is_artifact(path):
-        raise InputError(f"{path} is compressed already; name the dense folder it was made from")
-    checkpoint = Checkpoint.open(path)
-    config = families.read_config(checkpoint.config)
-    family = families.family(checkpoint.config["model_type"])
-    check_tensors(checkpoint, family, config)
-    stored = checkpoint.dtype(family.outer_tensors(config)["embed/embedding"].name)
-    source = Source(
-        config=config,
-        outer=read_outer(checkpoint, family, config, stored),
-        block=lambda layer: read_block(checkpoint, family, config, layer, stored),
-        fingerprint=checkpoint.fingerprint(),
-    )
-    return source, checkpoint
-
-
-def make_windows(config: Any, tokens: Any, seqlen: int, windows: int | None = None) -> np.ndarray:
-    """Cuts tokens for a model, after checking that it can read them."""
-    tokens = np.asarray(tokens)
-    if seqlen < 2 or seqlen > config.max_length:
-        raise InputError(
-            f"seqlen={seqlen}; 2 to {config.max_length} was wanted, the model's longest context"
-        )
-    tokens = tokens.reshape(-1)
-    check_tokens(tokens, config.vocab_size)
-    return cut_windows(tokens, seqlen, windows)
-
-
-def read_text(
-    config, tokenizer, calib, held_out, seqlen: int, windows: int, val_ratio: float
-) -> Text:
-    """Turns the texts of a run into its windows."""
-    if calib is None:
-        raise InputError("compress: no calibration text; give calib= a path or token ids")
-    tokens = _tokens(calib, tokenizer, seqlen, windows * seqlen)
-    train, val = split_windows(make_windows(config, tokens, seqlen, windows), val_ratio)
-    if held_out is None:
-        return Text(train, val, val[:0], "calib-val")
-    tokens = _tokens(held_out, tokenizer, seqlen, None)
-    protocol = "documents" if isinstance(held_out, str | Path) else "tokens"
-    return Text(train, val, make_windows(config, tokens, seqlen), protocol)
-
-
-def _tokens(text: Any, tokenizer: Any, seqlen: int, limit: int | None) -> np.ndarray:
-    if isinstance(text, str | Path):
-        return load_tokens(text, tokenizer, "documents", seqlen=seqlen, limit=limit)
-    return np.asarray(text)
-
-
-def _open(model: Model | str | Path) -> tuple[Source, Any, Any, Path | None]:
-    if not isinstance(model, Model):
-        source, checkpoint = open_source(model)
-        return source, checkpoint.config, _tokenizer(checkpoint.folder), checkpoint.folder
-    if model.recipe:
-        raise InputError("compress: the model is compressed already; give the dense one")
-    blocks = unstack_blocks(model.params["blocks"])
-    outer = {name: value for name, value in model.params.items() if name != "blocks"}
-    source = Source(model.config, outer, lambda layer: blocks[layer], model.fingerprint)
-    return source, model.raw_config, model.tokenizer, model.folder
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    return Tokenizer.load(folder) if has_tokenizer(folder) else None
-
-
-def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    shapes = families.family(config.family).block_shapes(config)
-    return {p: shapes[f"{p}/kernel"] for p in model_fns(config).linears}
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array, np.int32).tobytes())
-    return digest.hexdigest()
 
 
 def _finish(run: Run, model: Model) -> Model:

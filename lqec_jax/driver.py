@@ -100,7 +100,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         config = self.source.config
-        self.fns = model_fns(config, self.dtype, _needs_remat(config, self.text))
+        self.fns = model_fns(config, self.dtype, remat=_needs_remat(config, self.text))
         self.outer = jax.tree.map(jnp.asarray, self.source.outer)
         self.key = jax.random.key(self.seed)
         # Without statistics the student is only ever read where it is scored.

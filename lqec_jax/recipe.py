@@ -99,6 +99,8 @@ def _build(node: ast.expr, text: str) -> Step:
         if keyword.arg not in known:
             hint = did_you_mean(keyword.arg, known)
             raise InputError(f"recipe: {name} has no argument {keyword.arg!r}{hint}")
+        if keyword.arg in arguments:
+            raise InputError(f"recipe: {name} was given {keyword.arg!r} twice; keep one")
         arguments[keyword.arg] = _value(keyword.value, text)
     return factory(**arguments)
 

@@ -1,10 +1,12 @@
 """One product for every format and every implementation."""
 
+import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
-from lqec_kernels.formats import Base
+from lqec_kernels.formats import Base, LowRank
 from lqec_kernels.reference import tiled_matmul
 
 IMPLEMENTATIONS = ("xla",)
@@ -38,7 +40,25 @@ def packed_matmul(
         raise ValueError(f"implementation={implementation!r} is not one of {known}")
     if x.shape[-1] != base.d_in:
         raise ValueError(f"x has width {x.shape[-1]}, the weight [{base.d_in}, {base.d_out}]")
-    y = tiled_matmul(x, base, shards=shards)
-    for correction in corrections:
+    inside, beside = _place_corrections(x, base, corrections)
+    y = tiled_matmul(x, base, low_rank=inside, shards=shards)
+    for correction in beside:
         y = y + correction.apply(x)
     return y
+
+
+def _place_corrections(x: jax.Array, base: Base, corrections: Sequence) -> tuple:
+    """Says which low-rank correction joins the weight's tiles, and which are products of their own.
+
+    Joining costs d_in · d_out · r, standing beside it tokens · (d_in + d_out) · r, forward as
+    backward. Below float32 it would round the correction to the weight's few digits, so there it
+    stands beside.
+    """
+    tokens = math.prod(x.shape[:-1])
+    cheaper = tokens * (base.d_in + base.d_out) > base.d_in * base.d_out
+    joining = [c for c in corrections if isinstance(c, LowRank)]
+    if not (joining and cheaper and x.dtype == jnp.float32):
+        return None, tuple(corrections)
+    first = joining[0]
+    factors = (first.a.astype(x.dtype), first.b.astype(x.dtype))
+    return factors, tuple(c for c in corrections if c is not first)

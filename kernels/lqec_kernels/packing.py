@@ -34,14 +34,17 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     runs = -(-rows // RUN)
     padding = [(0, 0)] * len(lead) + [(0, runs * RUN - rows), (0, 0)]
     runs_of_codes = jnp.pad(codes.astype(jnp.uint32), padding).reshape(*lead, runs, RUN, columns)
-    word, offset = _positions(bits)
-    low = runs_of_codes << offset[:, None]
-    # A shift by 32 is undefined, so the carry into the next word is shifted in two moves.
-    high = (runs_of_codes >> (31 - offset[:, None])) >> 1
-    # One word more than needed takes the carry of the last code, which is always zero.
-    words = jnp.zeros((*lead, runs, bits + 1, columns), jnp.uint32)
-    words = words.at[..., word, :].add(low).at[..., word + 1, :].add(high)
-    return words[..., :bits, :].reshape(*lead, runs * bits, columns)
+    words = [_gather_word(runs_of_codes, bits, word) for word in range(bits)]
+    return jnp.stack(words, axis=-2).reshape(*lead, runs * bits, columns)
+
+
+def _gather_word(runs_of_codes: jax.Array, bits: int, word: int) -> jax.Array:
+    """Returns one word of every run: the sum of the codes that reach into it, each in its place."""
+    first, last = RUN * word // bits, -(-RUN * (word + 1) // bits)
+    offset = (np.arange(first, last) * bits - RUN * word)[:, None]
+    left, right = np.maximum(offset, 0).astype(np.uint32), np.maximum(-offset, 0).astype(np.uint32)
+    placed = runs_of_codes[..., first:last, :] << left >> right
+    return jnp.sum(placed, axis=-2, dtype=jnp.uint32)
 
 
 def unpack(words: jax.Array, bits: int, rows: int) -> jax.Array:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from lqec_kernels.formats import Base, Layout
 
@@ -20,30 +19,40 @@ TILE_ELEMENTS = 4 * 2**20
 
 
 class Cut(NamedTuple):
-    """How the output columns are walked: each of `shards` shares in `tiles` steps."""
+    """How the output columns are walked: each of `shards` shares in `tiles` steps of `width`."""
 
     d_in: int
     shards: int
     tiles: int
+    width: int
 
 
-def tiled_matmul(x: jax.Array, base: Base, *, shards: int = 1) -> jax.Array:
-    """Multiplies by a stored weight without making it dense: y = x @ base.dense().
+def tiled_matmul(
+    x: jax.Array,
+    base: Base,
+    *,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+    shards: int = 1,
+) -> jax.Array:
+    """Multiplies by a stored weight without making it dense: y = x @ (base.dense() + a b).
 
     Args:
       x: floating [..., d_in]; the product has its dtype, sums are float32 or wider.
       base: any format of `formats`, unstacked.
+      low_rank: factors a [d_in, r] and b [r, d_out] that are added to every tile before it is
+        multiplied by. With many tokens that costs less than a product of their own.
       shards: over how many devices the columns are split; tiles are cut inside each share, so that
         every device works on its own columns of every tile.
     Returns:
-      [..., d_out] of x.dtype. Differentiable in x and in the base's floating arrays (scales,
-      zeros), whose gradients are computed only where they are asked for.
+      [..., d_out] of x.dtype. Differentiable in x, the factors and the base's floating arrays
+      (scales, zeros); what is not asked for is not computed once the program is compiled.
     Cost: 2 · tokens · d_in · d_out flops, and the base is unpacked once per direction.
     """
     if base.d_out % shards:
         shards = 1
     tiles = _count_tiles(base.d_in, base.d_out, shards)
-    return _tiled(base.layout, Cut(base.d_in, shards, tiles), x, base.columns())
+    cut = Cut(base.d_in, shards, tiles, base.d_out // shards // tiles)
+    return _tiled(base.layout, cut, *_vary_alike((x, base.columns(), low_rank)))
 
 
 def _count_tiles(d_in: int, d_out: int, shards: int) -> int:
@@ -56,65 +65,97 @@ def _count_tiles(d_in: int, d_out: int, shards: int) -> int:
     return next((n for n in range(min(wanted, share), share + 1) if share % n == 0), 1)
 
 
+def _vary_alike(arrays):
+    """Under `shard_map`, lets every array vary over all the mesh axes that any of them varies over.
+
+    A loop's state needs that, and the gradient of the widening is the sum over the added axes. It
+    is nothing elsewhere.
+    """
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays)]
+    axes = frozenset().union(*varying)
+
+    def widen(array):
+        missing = axes - jax.typeof(array).manual_axis_type.varying
+        return lax.pcast(array, tuple(missing), to="varying") if missing else array
+
+    return jax.tree.map(widen, arrays)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(layout: Layout, cut: Cut, x: jax.Array, columns: tuple) -> jax.Array:
+def _tiled(layout: Layout, cut: Cut, x: jax.Array, columns: tuple, low_rank) -> jax.Array:
     def multiply(y, number):
         w = layout.dense(_take(columns, number, cut), x.dtype)
-        tile = jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-        tile = tile.reshape(*tile.shape[:-1], cut.shards, 1, -1)  # [..., shards, 1, n]
+        w = w + _product_tile(low_rank, number, cut, w.dtype)
+        tile = jnp.matmul(x, w, preferred_element_type=_sum_dtype(x)).astype(x.dtype)
+        tile = tile.reshape(*lead, cut.shards, 1, cut.width)
         return lax.dynamic_update_slice_in_dim(y, tile, number, axis=-2), None
 
-    d_out = jax.tree.leaves(columns)[0].shape[-1]
-    y = _unset_like(x, (*x.shape[:-1], cut.shards, cut.tiles, d_out // (cut.shards * cut.tiles)))
+    lead = x.shape[:-1]
+    y = _unset(x[..., :1, None, None], (*lead, cut.shards, cut.tiles, cut.width))
     y, _ = lax.scan(multiply, y, jnp.arange(cut.tiles))
-    return y.reshape(*x.shape[:-1], d_out)  # [..., d_out]
+    return y.reshape(*lead, cut.shards * cut.tiles * cut.width)  # [..., d_out]
 
 
-def _forward(layout: Layout, cut: Cut, x, columns):
-    # x is kept only where a floating array of the base is being trained.
-    trained = any(leaf.perturbed and _is_float(leaf.value) for leaf in jax.tree.leaves(columns))
-    columns = jax.tree.map(lambda leaf: leaf.value, columns)
-    return _tiled(layout, cut, x.value, columns), (x.value if trained else None, columns)
+def _forward(layout: Layout, cut: Cut, x, columns, low_rank):
+    return _tiled(layout, cut, x, columns, low_rank), (x, columns, low_rank)
 
 
 def _backward(layout: Layout, cut: Cut, residual, dy):
-    x, columns = residual
-    if isinstance(dy, SymbolicZero):
-        return None, None
+    x, columns, low_rank = residual
 
     def multiply(dx, number):
         dy_tile = _take(dy, number, cut)
         floats, rest = _part_floats(_take(columns, number, cut))
         w, pull = jax.vjp(lambda floats: layout.dense(_unite(floats, rest), dy.dtype), floats)
-        dx = jnp.where(number == 0, 0.0, dx) + _dot_transpose(dy_tile, w, cut)
-        if x is None:
-            return dx, None
-        dw = jnp.einsum("...i,...o->io", x, dy_tile, preferred_element_type=jnp.float32)
+        whole = w + _product_tile(low_rank, number, cut, w.dtype)
+        dx = jnp.where(number == 0, 0.0, dx) + _dot_transpose(dy_tile, whole, cut)
+        dw = jnp.einsum("...i,...o->io", x, dy_tile, preferred_element_type=_sum_dtype(x))
         return dx, pull(dw.astype(w.dtype))[0]
 
-    dx = _unset_like(dy.astype(jnp.float32), (cut.shards, *dy.shape[:-1], cut.d_in))
+    dx = _unset(dy[None, ..., :1].astype(_sum_dtype(dy)), (cut.shards, *dy.shape[:-1], cut.d_in))
     dx, d_floats = lax.scan(multiply, dx, jnp.arange(cut.tiles))
-    d_columns = None if x is None else jax.tree.map(lambda d: _join(d, cut), d_floats)
-    return jnp.sum(dx, axis=0).astype(dy.dtype), d_columns
+    d_columns = jax.tree.map(lambda d: _join(d, cut), d_floats)
+    return jnp.sum(dx, axis=0).astype(dy.dtype), d_columns, _factor_gradients(x, dy, low_rank)
 
 
-_tiled.defvjp(_forward, _backward, symbolic_zeros=True)
+_tiled.defvjp(_forward, _backward)
 
 
-def _unset_like(x: jax.Array, shape: tuple) -> jax.Array:
-    """Returns room that a loop will fill, its content some of x's numbers.
+def _product_tile(low_rank, number, cut: Cut, dtype):
+    """Returns a b for one tile's columns, or 0 where there are no factors."""
+    if low_rank is None:
+        return jnp.zeros((), dtype)
+    a, b = low_rank
+    return jnp.matmul(a, _take(b, number, cut)).astype(dtype)
 
-    Zeros would do, but they depend on nothing: XLA's CPU scheduler then makes the room of every
-    product of the program before the first of them runs.
+
+def _factor_gradients(x: jax.Array, dy: jax.Array, low_rank):
+    """Returns the gradients of a and b through the rank, never through a dense d_in x d_out one."""
+    if low_rank is None:
+        return None
+    a, b = low_rank
+    wide = {"preferred_element_type": _sum_dtype(x)}
+    down = jnp.einsum("...i,ir->...r", x, a.astype(x.dtype))
+    up = jnp.einsum("...o,ro->...r", dy, b.astype(dy.dtype))
+    d_a = jnp.einsum("...i,...r->ir", x, up, **wide)
+    d_b = jnp.einsum("...r,...o->ro", down, dy, **wide)
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+def _unset(some: jax.Array, shape: tuple) -> jax.Array:
+    """Returns room that a loop will fill, holding `some` of its operand's numbers until then.
+
+    Zeros would do, but they wait for nothing: XLA's CPU scheduler makes the room of every product
+    of a program before the first of them runs, and holds all of it.
     """
-    return jnp.broadcast_to(x.ravel()[0], shape)
+    return jnp.broadcast_to(some, shape)
 
 
 def _dot_transpose(dy: jax.Array, w: jax.Array, cut: Cut) -> jax.Array:
     """Returns dy wᵀ as one partial sum a share, so that devices add up once and not once a tile."""
-    dy = dy.reshape(*dy.shape[:-1], cut.shards, -1)  # [..., shards, n]
-    w = w.reshape(cut.d_in, cut.shards, -1)  # [d_in, shards, n]
-    return jnp.einsum("...sn,isn->s...i", dy, w, preferred_element_type=jnp.float32)
+    dy = dy.reshape(*dy.shape[:-1], cut.shards, cut.width)  # [..., shards, width]
+    w = w.reshape(cut.d_in, cut.shards, cut.width)  # [d_in, shards, width]
+    return jnp.einsum("...sn,isn->s...i", dy, w, preferred_element_type=_sum_dtype(dy))
 
 
 def _take(columns, number, cut: Cut):
@@ -126,18 +167,22 @@ def _take(columns, number, cut: Cut):
 
     def take(array):
         lead = array.shape[:-1]
-        array = array.reshape(*lead, cut.shards, cut.tiles, -1)
+        array = array.reshape(*lead, cut.shards, cut.tiles, cut.width)
         tile = lax.dynamic_index_in_dim(array, number, axis=-2, keepdims=False)
-        return tile.reshape(*lead, -1)  # [..., shards · n]
+        return tile.reshape(*lead, cut.shards * cut.width)  # [..., shards · width]
 
     return jax.tree.map(take, columns)
 
 
 def _join(tiles: jax.Array, cut: Cut) -> jax.Array:
     """Puts tiles side by side: [tiles, ..., d_out / tiles] -> [..., d_out]."""
-    tiles = tiles.reshape(*tiles.shape[:-1], cut.shards, -1)
-    array = jnp.moveaxis(tiles, 0, -2)  # [..., shards, tiles, n]
-    return array.reshape(*array.shape[:-3], -1)
+    tiles = tiles.reshape(*tiles.shape[:-1], cut.shards, cut.width)
+    array = jnp.moveaxis(tiles, 0, -2)  # [..., shards, tiles, width]
+    return array.reshape(*array.shape[:-3], cut.shards * cut.tiles * cut.width)  # [..., d_out]
+
+
+def _sum_dtype(array: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def _is_float(array) -> bool:

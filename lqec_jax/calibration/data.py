@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from tokenize import TokenError  # numpy lets it through for a damaged header
 from typing import Protocol
 
 import numpy as np
@@ -74,9 +75,7 @@ def tokenize(
       >>> tokenize(["ab", "c"], lambda text: [ord(c) for c in text], 1, "documents")
       array([ 1, 97, 98,  1, 99], dtype=int32)
     """
-    if protocol not in PROTOCOLS:
-        near = did_you_mean(protocol, PROTOCOLS)
-        raise InputError(f"protocol {protocol!r} is not known{near}")
+    _check_protocol(protocol)
     bos = np.asarray([] if bos_id is None else [bos_id], np.int32)
     if protocol == "documents":
         pieces = _encode_each(documents, encode, bos, limit)
@@ -106,8 +105,10 @@ def load_tokens(
     Raises:
       InputError: as `read_documents` and `tokenize`; a `.npy` of another shape or dtype.
     """
-    if Path(source).suffix == ".npy" and not str(source).startswith("hf:"):
-        return _read_npy(_find_file(source), seqlen, limit)
+    _check_protocol(protocol)
+    path = None if str(source).startswith("hf:") else _find_file(source)
+    if path is not None and path.suffix == ".npy":
+        return _read_npy(path, seqlen, limit)
     if tokenizer is None:
         raise InputError(f"{source} is text, and there is no tokenizer; name a .npy of token ids")
     documents = read_documents(source)
@@ -170,6 +171,12 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
             f"token {at} is id {int(flat[at])}, outside the model's vocabulary of {vocab_size} "
             f"({outside.size} such); use this model's own tokenizer"
         )
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        near = did_you_mean(protocol, PROTOCOLS)
+        raise InputError(f"protocol {protocol!r} is not known{near}")
 
 
 def _encode_each(
@@ -241,8 +248,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 def _parse_row(line: bytes, where: str) -> str:
     try:
         row = json.loads(line.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        reason = err.msg if isinstance(err, json.JSONDecodeError) else "not UTF-8"
+    except (ValueError, RecursionError) as err:
+        other = "not UTF-8" if isinstance(err, UnicodeDecodeError) else str(err)
+        reason = getattr(err, "msg", other)
         raise InputError(f'{where}: not JSON ({reason}); wanted {{"text": "..."}}') from err
     if not isinstance(row, dict):
         raise InputError(f'{where}: is a {type(row).__name__}; wanted {{"text": "..."}}')
@@ -307,7 +315,7 @@ def _read_hub(source: str) -> Iterator[str]:
 def _read_npy(path: Path, seqlen: int | None, limit: int | None) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as err:
+    except (OSError, ValueError, EOFError, TokenError) as err:
         raise InputError(f"{path}: not a .npy of numbers; write it with numpy.save") from err
     if ids.dtype.kind not in "iu":
         raise InputError(f"{path} is {ids.dtype}, wanted int32 token ids; save integers")

@@ -1,9 +1,9 @@
 """RILQ: all adapters trained together on what the whole model answers.
 
 L = w_m · mean((H_q - H)²) + w_t · CE, with H the teacher's final hidden states, cached once, and
-only the adapters trained (Lee et al., arXiv:2412.01129; reference aiha-lab/RILQ@42e2be2 main.py). Because
-the loss sees the last layer alone, errors of one linear may be made good by another, and the rank
-hardly matters.
+only the adapters trained (Lee et al., arXiv:2412.01129; reference aiha-lab/RILQ@42e2be2 main.py).
+Because the loss sees the last layer alone, errors of one linear may be made good by another, and
+the rank hardly matters.
 
 Differs from the reference: the base stays packed; windows are shuffled anew every epoch; step 0 may
 win; adapters and moments are float32 whatever the compute dtype. `preset='paper'` restores its

@@ -1,6 +1,7 @@
 """Checks of the arguments that a recipe hands to a method, each failing with one line."""
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,8 @@ def check_int(method: str, name: str, value: Any, low: int, high: int | None = N
 def check_number(method: str, name: str, value: Any, low: float, high: float = math.inf) -> float:
     """Returns a finite number in [low, high], or says what came."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:
+    # Compared, not converted: an integer may be too large for a float.
+    if not good or not low <= value <= min(high, sys.float_info.max):
         wanted = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number >= {low:g}"
         raise InputError(f"{method}: {name}={value!r}; {wanted} was wanted")
     return value

@@ -36,10 +36,11 @@ def fit_grid(lo: jax.Array, hi: jax.Array, bits: int, *, symmetric: bool, dtype)
     """Returns (scales, zeros) for a range, the scales as they will be stored.
 
     Scales are rounded to `dtype` here, before any code is computed, so that the model in memory is
-    the model on disk. A scale too small for `dtype` becomes its smallest normal number.
+    the model on disk. A scale too small or too large for `dtype` becomes its smallest normal or its
+    largest number.
     """
     stored = ((hi - lo) / (2**bits - 1)).astype(dtype)
-    scales = jnp.maximum(stored, jnp.finfo(dtype).tiny)
+    scales = jnp.clip(stored, jnp.finfo(dtype).tiny, jnp.finfo(dtype).max)
     middle = jnp.full(scales.shape, 2.0 ** (bits - 1), jnp.float32)
     zeros = middle if symmetric else jnp.round(-lo / scales.astype(jnp.float32))
     return scales, jnp.clip(zeros, 0, 2**bits - 1)

@@ -25,6 +25,8 @@ def linear(x: jax.Array, leaf: jax.Array | CompressedLinear) -> jax.Array:
     """
     if not isinstance(leaf, CompressedLinear):
         return x @ leaf.astype(x.dtype)
+    if leaf.input_transform is None and leaf.output_transform is None:
+        return packed_matmul(x, leaf.base, corrections=leaf.corrections, shards=model_shards())
     inner = x if leaf.input_transform is None else leaf.input_transform.apply(x)
     y = packed_matmul(inner, leaf.base, shards=model_shards())
     if leaf.output_transform is not None:

@@ -40,7 +40,7 @@ class LinearProblem:
     key: jax.Array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """One method with its arguments.
 
@@ -67,9 +67,8 @@ class Step:
     objective: Callable | None = None
     objective_name: str = ""
 
-    def __str__(self) -> str:
-        inside = ", ".join(f"{k}={v}" if isinstance(v, Step) else f"{k}={v!r}"
-                           for k, v in self.arguments.items())  # fmt: skip
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.name}({inside})"
 
 
@@ -155,3 +154,10 @@ def weight_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
     """Returns ||w - ŵ||² / ||w||², the relative error of a weight; 0 for a zero one."""
     error = jnp.sum(jnp.square(problem.w - leaf.dense()))
     return error / jnp.maximum(jnp.sum(jnp.square(problem.w)), jnp.finfo(jnp.float32).tiny)
+
+
+def channel_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
+    """Returns Σ E[x_i²] (w - ŵ)² / Σ E[x_i²] w², a relative output error blind to correlations."""
+    rms = problem.stats.rms[:, None]
+    error = jnp.sum(jnp.square(rms * (problem.w - leaf.dense())))
+    return error / jnp.maximum(jnp.sum(jnp.square(rms * problem.w)), jnp.finfo(jnp.float32).tiny)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.train.losses import next_token_nll
 
@@ -61,7 +62,11 @@ class Divergence:
 
 
 def perplexity(
-    fns: ModelFns, params: Params, windows: np.ndarray, protocol: str = "tokens"
+    fns: ModelFns,
+    params: Params,
+    windows: np.ndarray,
+    protocol: str = "tokens",
+    reporter: Reporter | None = None,
 ) -> Perplexity:
     """Scores a model on windows of tokens.
 
@@ -69,9 +74,12 @@ def perplexity(
       windows: int [n, T].
       protocol: how the windows were made; the length is added to it.
     """
-    score = _score_tokens(fns)
-    batches = _batches(len(windows), windows.shape[1], fns)
-    nll = [np.asarray(score(params, windows[rows])) for rows in batches]
+    score, reporter = _score_tokens(fns), reporter or Silent()
+    reporter.begin("perplexity", len(windows))
+    nll = []
+    for rows in _batches(len(windows), windows.shape[1], fns):
+        nll.append(np.asarray(score(params, windows[rows])))
+        reporter.advance(rows.stop)
     return summarize(np.concatenate(nll), protocol)
 
 
@@ -105,17 +113,20 @@ def divergence(
     student: tuple[ModelFns, Params],
     windows: np.ndarray,
     protocol: str = "tokens",
+    reporter: Reporter | None = None,
 ) -> Divergence:
     """Compares two models token by token.
 
     Both are given as (functions, parameters); logits of a batch of windows are held for both.
     """
-    compare = _compare(teacher[0], student[0])
+    compare, reporter = _compare(teacher[0], student[0]), reporter or Silent()
+    reporter.begin("divergence", len(windows))
     kl, agree, count = 0.0, 0.0, 0
     for rows in _batches(len(windows), windows.shape[1], teacher[0]):
         batch_kl, batch_agree = compare(teacher[1], student[1], windows[rows])
         kl, agree = kl + float(batch_kl), agree + float(batch_agree)
         count += windows[rows][:, :-1].size
+        reporter.advance(rows.stop)
     return Divergence(kl / count, agree / count, count, f"{protocol}/{windows.shape[1]}")
 
 

@@ -1,5 +1,6 @@
 """report.json: what a run did and measured, for people and for programs."""
 
+import math
 import platform
 import resource
 import sys
@@ -32,24 +33,36 @@ def build_report(state: Mapping[str, Any], *, recipe: str, seed: int, dtype: str
       state: the run's, see `io.run`.
     Returns:
       `recipe, seed, bits_per_weight, stages, linears, fits, skipped, peak_rss_mb, seconds,
-      environment`. Bits are over the linears that were compressed; seconds are the stages' sum.
+      environment`. Bits are over the linears that were compressed; seconds are the stages' sum; a
+      number that is not finite is None.
     """
     linears = list(state.get("linears", {}).values())
     weights = [linear["d_in"] * linear["d_out"] for linear in linears]
     bits = sum(linear["bits_per_weight"] * n for linear, n in zip(linears, weights, strict=True))
     stages = list(state.get("stages", []))
-    return {
-        "recipe": recipe,
-        "seed": seed,
-        "bits_per_weight": bits / sum(weights),
-        "stages": stages,
-        "linears": linears,
-        "fits": list(state.get("fits", [])),
-        "skipped": [{"path": path, "reason": reason} for path, reason in SKIPPED],
-        "peak_rss_mb": peak_rss_mb(),
-        "seconds": sum(stage["seconds"] for stage in stages),
-        "environment": describe_environment() | {"compute_dtype": dtype},
-    }
+    return make_finite(
+        {
+            "recipe": recipe,
+            "seed": seed,
+            "bits_per_weight": bits / sum(weights),
+            "stages": stages,
+            "linears": linears,
+            "fits": list(state.get("fits", [])),
+            "skipped": [{"path": path, "reason": reason} for path, reason in SKIPPED],
+            "peak_rss_mb": peak_rss_mb(),
+            "seconds": sum(stage["seconds"] for stage in stages),
+            "environment": describe_environment() | {"compute_dtype": dtype},
+        }
+    )
+
+
+def make_finite(value: Any) -> Any:
+    """Puts None for NaN and Inf, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: make_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_rss_mb() -> float:

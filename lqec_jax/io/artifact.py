@@ -4,6 +4,7 @@ lqec.json says what every compressed weight is made of; the safetensors hold the
 with an index where they are large. The folder is written under a temporary name and renamed.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.core.tree import stack_blocks, unstack_blocks
+from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.files import replace_folder, write_json, write_tensors
@@ -22,7 +23,9 @@ from lqec_jax.io.hf import INDEX, SINGLE, Checkpoint, read_json
 from lqec_jax.io.leaves import flatten, unflatten
 from lqec_jax.io.tokenizer import Tokenizer, has_tokenizer
 from lqec_jax.models import families
+from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
+from lqec_kernels.formats import CompressedLinear
 
 FORMAT_VERSION = 1
 META = "lqec.json"
@@ -56,9 +59,23 @@ def save_artifact(model: Model, out: str | Path, *, overwrite: bool = False) -> 
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuses an output that is already there."""
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another name, or add --overwrite to replace it")
+    """Refuses an output that is already there, and one that cannot be written.
+
+    Raises:
+      InputError: `out` exists, and either `overwrite` is not set or it is no artifact: replacing
+        removes what is there, which must not be anyone's model or home.
+    """
+    if os.path.lexists(out):
+        if not is_artifact(out):
+            raise InputError(f"{out} exists and is no lqec artifact; choose another name")
+        if not overwrite:
+            raise InputError(f"{out} exists; choose another name, or add --overwrite to replace it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"{out} cannot be written: {parent} is no folder that you may write to; choose another "
+            "place"
+        )
 
 
 def write_artifact(model: Model, folder: Path) -> None:
@@ -96,24 +113,12 @@ def load_artifact(folder: str | Path, dtype: Any = jnp.float32) -> Model:
       InputError: a missing or damaged file, another format version, weights that are not there.
     """
     folder = Path(folder)
-    meta = read_json(folder / META)
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{folder / META}: format_version {meta.get('format_version')!r}; "
-            f"this version reads {FORMAT_VERSION}; upgrade lqec-jax"
-        )
-    checkpoint = Checkpoint.open(folder)
-    arrays = {name: checkpoint.read(name) for name in checkpoint.names()}
-    try:
-        tree = unflatten(arrays, meta["weights"])
-        blocks = tree.pop("blocks")
-        tree["blocks"] = stack_blocks([blocks[str(i)] for i in range(len(blocks))])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder}: {META} and the weights do not belong together ({error}); write it again"
-        ) from error
+    meta, checkpoint, config, _ = load_shapes(folder)
+    tree = unflatten({name: checkpoint.read(name) for name in checkpoint.names()}, meta["weights"])
+    blocks = tree.pop("blocks")
+    tree["blocks"] = stack_blocks([blocks[str(layer)] for layer in range(config.layers)])
     return Model(
-        config=families.read_config(checkpoint.config),
+        config=config,
         params=jax.tree.map(jnp.asarray, tree),
         raw_config=checkpoint.config,
         tokenizer=Tokenizer.load(folder) if has_tokenizer(folder) else None,
@@ -123,6 +128,67 @@ def load_artifact(folder: str | Path, dtype: Any = jnp.float32) -> Model:
         folder=folder,
         dtype=dtype,
     )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Reads lqec.json.
+
+    Raises:
+      InputError: another format version; an entry that is missing or of another type.
+    """
+    meta = read_json(folder / META)
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / META}: format_version {meta.get('format_version')!r}; "
+            f"this version reads {FORMAT_VERSION}; upgrade lqec-jax"
+        )
+    for name, kind in (("recipe", str), ("base_fingerprint", str), ("weights", dict)):
+        if not isinstance(meta.get(name), kind):
+            raise InputError(f"{folder / META}: {name} is missing or damaged; write it again")
+    return meta
+
+
+def load_shapes(folder: Path) -> tuple[dict, Checkpoint, ModelConfig, Params]:
+    """Opens an artifact and reads no array.
+
+    Returns:
+      lqec.json, the opened weights, the model, and its parameters as shapes, 'blocks' a list.
+    Raises:
+      InputError: as `load_artifact`.
+    """
+    meta, checkpoint = read_meta(folder), Checkpoint.open(folder)
+    config = families.read_config(checkpoint.config)
+    shapes = {n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in checkpoint.entries.items()}
+    try:
+        tree = unflatten(shapes, meta["weights"])
+        blocks = tree.pop("blocks")
+        tree["blocks"] = [blocks.pop(str(layer)) for layer in range(config.layers)]
+        _check_shapes(config, tree)
+        if blocks:
+            raise ValueError(f"there are blocks {', '.join(blocks)} more")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder}: {META}, config.json and the weights do not belong together ({reason}); "
+            "write it again"
+        ) from error
+    return meta, checkpoint, config, tree
+
+
+def _check_shapes(config: ModelConfig, tree: Params) -> None:
+    """Raises ValueError where an array is not of the shape that config.json asks for."""
+    family = families.family(config.family)
+    outer = {path: stored.inner_shape for path, stored in family.outer_tensors(config).items()}
+    block = family.block_shapes(config)
+    for part, shapes in [(tree, outer), *((part, block) for part in tree["blocks"])]:
+        for path, shape in shapes.items():
+            leaf = get_at(part, path)
+            if isinstance(leaf, CompressedLinear):
+                leaf = jax.eval_shape(CompressedLinear.dense, leaf)
+            if leaf.shape != shape:
+                raise ValueError(f"{path} is {list(leaf.shape)}, not {list(shape)}")
 
 
 def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ def write_tensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def replace_folder(finished: Path, target: Path) -> None:
     """Moves a finished folder to its name; an older one there disappears only afterwards."""
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
+    if not target.exists():
+        os.replace(finished, target)
+        return
+    # A name of its own: beside OUT may lie an OUT.old that is the user's.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, old / target.name)
     os.replace(finished, target)
     shutil.rmtree(old, ignore_errors=True)

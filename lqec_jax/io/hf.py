@@ -49,6 +49,8 @@ def read_json(path: str | Path) -> dict:
     except UnicodeDecodeError as err:
         line = err.object[: err.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not UTF-8 text; restore the file") from err
+    except (RecursionError, ValueError) as err:  # nested without end; a number of 5000 digits
+        raise InputError(f"{path} cannot be read as JSON ({err}); restore the file") from err
     if not isinstance(value, dict):
         raise InputError(
             f"{path}, line 1: holds a {type(value).__name__}, wanted an object {{...}}"
@@ -140,6 +142,11 @@ def check_tensors(checkpoint: Checkpoint, family: ModuleType, config: ModelConfi
       InputError: tensors missing, of another shape, or unknown. A stored rotary table is no weight
         and is let pass; so is the head of a tied model, whose values `read_outer` compares.
     """
+    if config.layers > len(checkpoint.entries):  # before as many names are made
+        raise InputError(
+            f"{checkpoint.folder}: config.json asks for {config.layers} layers, but the files hold "
+            f"{len(checkpoint.entries)} tensors; weights are missing, or num_hidden_layers is wrong"
+        )
     wanted = _expected_tensors(family, config)
     _check_present(checkpoint, wanted)
     allowed = set(wanted) | {_head_name(family, config)}
@@ -152,6 +159,19 @@ def check_tensors(checkpoint: Checkpoint, family: ModuleType, config: ModelConfi
         )
     for name, stored in wanted.items():
         _check_shape(checkpoint, name, stored)
+
+
+def check_values(checkpoint: Checkpoint) -> None:
+    """Refuses NaN and Inf anywhere, so that hours of work do not end at the last block.
+
+    Raises:
+      InputError: names the first tensor that holds some.
+    Cost: reads every tensor once, one at a time.
+    """
+    for name in checkpoint.names():
+        array = checkpoint.read(name)
+        if array.dtype.name in _WEIGHT_DTYPES:
+            _check_finite(array, checkpoint.entries[name].file, name)
 
 
 def read_block(
@@ -211,12 +231,7 @@ def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) 
             f"{where} is {came.dtype.name}, wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}; "
             "name the dense original of this checkpoint"
         )
-    bad = _count_non_finite(came)
-    if bad:
-        raise InputError(
-            f"{where} holds {bad} non-finite of {came.size} values (NaN or Inf), wanted numbers; "
-            "the checkpoint is damaged, download or train it again"
-        )
+    _check_finite(came, checkpoint.entries[stored.name].file, stored.name)
     with np.errstate(over="ignore"):  # counted below, and named
         # The transpose, the copy and the cast are one pass into one new array.
         inner = came.T if stored.transposed else came
@@ -227,6 +242,15 @@ def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) 
             f"{where} has {lost} values beyond the range of float16; choose bfloat16 or float32"
         )
     return weight
+
+
+def _check_finite(array: np.ndarray, file: Path, name: str) -> None:
+    bad = _count_non_finite(array)
+    if bad:
+        raise InputError(
+            f"{file}: {name!r} holds {bad} non-finite of {array.size} values (NaN or Inf), wanted "
+            "numbers; the checkpoint is damaged, download or train it again"
+        )
 
 
 def _count_non_finite(array: np.ndarray) -> int:

@@ -7,7 +7,7 @@ new format needs one line in `FORMATS`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -68,6 +68,22 @@ def unflatten(arrays: Mapping[str, np.ndarray], weights: Mapping[str, dict]) -> 
     return tree
 
 
+def name_format(leaf: CompressedLinear) -> str:
+    """Writes what a weight is made of: 'affine(bits=2, group_size=32) + low_rank(rank=16)'."""
+
+    def name(operator: Any) -> str:
+        said = {f.name: getattr(operator, f.name) for f in dataclasses.fields(operator)
+                if f.metadata.get("static") and f.name != "d_in"}  # fmt: skip
+        if hasattr(operator, "rank"):
+            said["rank"] = operator.rank
+        inside = ", ".join(f"{key}={value}" for key, value in said.items())
+        return f"{_NAMES[type(operator)]}({inside})" if inside else _NAMES[type(operator)]
+
+    words = [name(operator) for operator in (leaf.base, *leaf.corrections)]
+    sides = (("input", leaf.input_transform), ("output", leaf.output_transform))
+    return " + ".join(words + [f"{side} {name(t)}" for side, t in sides if t is not None])
+
+
 def _describe_linear(leaf: CompressedLinear, path: str, arrays: dict) -> dict:
     def describe(operator: Any, place: str) -> dict | None:
         return None if operator is None else _describe(operator, f"{path}/{place}", arrays)
@@ -120,9 +136,13 @@ def _build(description: dict, path: str, arrays: Mapping, names: set[str]) -> An
         name = _dotted(f"{path}/{field.name}")
         if field.metadata.get("static"):
             values[field.name] = description[field.name]
-        else:
+        elif name in arrays:
             names.add(name)
-            values[field.name] = arrays.get(name)
+            values[field.name] = arrays[name]
+        elif type(None) in get_args(field.type):
+            values[field.name] = None
+        else:
+            raise InputError(f"{name} is missing from the weights; write the artifact again")
     return cls(**values)
 
 

@@ -1,14 +1,15 @@
 """The folder of an unfinished run: `OUT.partial`, until it is renamed to `OUT`.
 
-    state.json                  fingerprint, how far the run is, what it measured; replaced
-    atomically streams/NAME-SLOT.npy       hidden states of all windows before and after the block
-    at work phase-P/block-I.safetensors blocks that are finished
-    phase-P/training/           Orbax's, while a model step runs
+    state.json                    fingerprint, how far the run is, what it measured
+    streams/NAME-SLOT.bin         hidden states of all windows before and after the block at work
+    phase-P/block-I.safetensors   blocks that are finished
+    phase-P/training/             Orbax's, while a model step runs
 
 A stream is read from one slot and written to the other, so a kill in the middle of a block leaves
 whole what the block began with. Recomputing it instead would change the result's last bits.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -57,18 +58,18 @@ class Run:
         fresh = {"fingerprint": dict(fingerprint), "phase": 0, "blocks": 0}
         if out is None:
             return cls(Path(tempfile.mkdtemp(prefix="lqec-")), None, fresh)
-        check_free(out, overwrite)
-        folder = out.with_name(out.name + ".partial")
+        check_run(out, resume=resume, overwrite=overwrite)
+        folder = partial_folder(out)
         if resume:
             return cls(folder, out, _resumed(folder, fingerprint))
-        if folder.exists():
-            if not overwrite:
-                raise InputError(
-                    f"{folder} holds an unfinished run; add --resume to continue it, "
-                    "or --overwrite to begin again"
-                )
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be made: {error.strerror}; choose another place"
+            ) from error
         run = cls(folder, out, fresh)
         run.commit()
         return run
@@ -110,10 +111,48 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _resumed(folder: Path, fingerprint: Mapping[str, Any]) -> dict:
-    if not (folder / STATE).is_file():
+def partial_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def check_run(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses what `Run.begin` would refuse whatever the settings; writes nothing."""
+    check_free(out, overwrite)
+    folder = partial_folder(out)
+    begun = (folder / STATE).is_file()
+    if resume and not begun:
         raise InputError(f"there is no unfinished run at {folder}; leave out --resume")
+    if resume or not os.path.lexists(folder):
+        return
+    if not begun and not _is_empty(folder):
+        raise InputError(f"{folder} exists and is no unfinished run; move it away")
+    if begun and not overwrite:
+        raise InputError(
+            f"{folder} holds an unfinished run; add --resume to continue it, "
+            "or --overwrite to begin again"
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Says whether a folder holds nothing but what a kill in a run's first instant leaves."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {f"{STATE}.tmp"}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads how far a run is.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
     state = read_json(folder / STATE)
+    kinds = {"fingerprint": dict, "phase": int, "blocks": int}
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(f"{folder / STATE} is damaged; --overwrite begins again")
+    return state
+
+
+def _resumed(folder: Path, fingerprint: Mapping[str, Any]) -> dict:
+    state = read_state(folder)
     before = state["fingerprint"]
     changed = [name for name in fingerprint if before.get(name) != fingerprint[name]]
     if changed:

@@ -37,14 +37,13 @@ def read_normalizer(path: Path) -> normalizers.Normalizer | None:
     try:
         spec = b"".join(v for n, v in _fields(model) if n == _NORMALIZER_SPEC)
         settings = dict(_fields(spec))
-    except (IndexError, ValueError) as error:
+        charsmap = settings.get(_CHARSMAP)
+        steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    except Exception as error:  # the Rust side raises Exception itself, no subclass
         raise InputError(
             f"{path}: a damaged SentencePiece model; restore it, or remove it and use "
             "tokenizer.json alone"
         ) from error
-    steps = []
-    if settings.get(_CHARSMAP):
-        steps.append(normalizers.Precompiled(settings[_CHARSMAP]))
     if settings.get(_REMOVE_EXTRA_WHITESPACES, 1):  # the format's default is to remove
         # Only spaces, and only at the ends of the whole text: newlines are tokens.
         steps += [

@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {n: _parse_entry(path, n, entry, start) for n, entry in header.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as err:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as err:
         if isinstance(err, InputError):
             raise
         raise InputError(

@@ -23,7 +23,7 @@ ROW_PARALLEL = frozenset({"attn/o", "mlp/down"})
 
 
 @lru_cache(maxsize=32)
-def model_fns(config: ModelConfig, dtype: Any = jnp.float32, remat: bool = True) -> ModelFns:
+def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = True) -> ModelFns:
     """Returns a model's functions for one compute dtype.
 
     Args:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from lqec_jax.core.linear import linear
+from lqec_jax.models.activations import gated_silu, rms_normalize
 from lqec_jax.models.attention import causal_attention
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.rope import tables, turn
 
 ACTIVATIONS: dict[str, Callable] = {
-    "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -49,9 +49,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        norm = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * norm).astype(x.dtype) * scale.astype(x.dtype)
+        return rms_normalize(x, self.eps) * scale.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -87,9 +85,14 @@ class MLP(nn.Module):
         c = self.config
         gate = Linear(c.d_ff, c.mlp_bias, name="gate")(x)
         up = Linear(c.d_ff, c.mlp_bias, name="up")(x)
-        inner = ACTIVATIONS[c.activation](gate) * up
+        inner = gate_with(c.activation, gate, up)
         y = Linear(x.shape[-1], c.mlp_bias, name="down")(inner)
         return y, {"gate": x, "up": x, "down": inner}
+
+
+def gate_with(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns act(gate) · up."""
+    return gated_silu(gate, up) if activation == "silu" else ACTIVATIONS[activation](gate) * up
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, Step, channel_error, weight_error
 from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "IST-DASLab/gptq@2d65066 quant.py"
@@ -94,6 +94,6 @@ def rtn(
         arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
                    "clip_search": clip_search, "scale_dtype": scale_dtype},
         needs=frozenset({"rms"}) if by_output else frozenset(),
-        objective=weight_error,
-        objective_name="relative weight error",
+        objective=channel_error if by_output else weight_error,
+        objective_name="relative channel error" if by_output else "relative weight error",
     )  # fmt: skip

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lqec_jax.core.tree import combine, partition
 from lqec_jax.core.types import Evaluation, ModelFns, Params
+from lqec_jax.errors import InputError
 from lqec_jax.train import sharding
 from lqec_jax.train.update import TrainState, init_state, make_update
 
@@ -130,8 +131,15 @@ def fit(
     Validation is looked at before the first update, so training that helps nothing returns the
     parameters it was given. A loss that is no longer finite stops the loop with a note.
 
+    Raises:
+      InputError: there are no windows to train on, or none to look at.
     Cost: one compilation a batch shape; memory of `make_update` plus one copy of what is trained.
     """
+    if objective.train < 1 or objective.val < 1:
+        raise InputError(
+            f"{objective.train} training and {objective.val} validation windows came; at least one "
+            "of each was wanted; give more calibration text or another share for validation"
+        )
     session = session or NoSession()
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         state, state_sharding, notes = _place(fns, params, optimizer, objective.select, mesh)

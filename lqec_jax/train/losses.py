@@ -1,4 +1,4 @@
-"""What gradient methods lower. Every mean is taken in float32."""
+"""What gradient methods lower. Every mean is taken in float32 or wider."""
 
 from typing import Literal
 
@@ -69,8 +69,9 @@ def rilq_terms(
 
 
 def mean_square(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns mean((x - y)²) in float32."""
-    return jnp.mean(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
+    """Returns mean((x - y)²)."""
+    dtype = jnp.result_type(x, y, jnp.float32)
+    return jnp.mean(jnp.square(x.astype(dtype) - y.astype(dtype)))
 
 
 def next_token_nll(
@@ -110,6 +111,7 @@ def _chunked_nll(fns: ModelFns, params: Params, hidden: jax.Array, labels: jax.A
         return (total, jnp.where(inside, here, label)), None
 
     # A finite start: the gradient of logaddexp(-inf, x) is not a number.
-    start = (jnp.full(labels.shape, -1e30, jnp.float32), jnp.zeros(labels.shape, jnp.float32))
+    dtype = jnp.result_type(hidden, jnp.float32)
+    start = (jnp.full(labels.shape, -1e30, dtype), jnp.zeros(labels.shape, dtype))
     (total, label), _ = jax.lax.scan(visit, start, jnp.arange(0, vocab, VOCAB_CHUNK))
     return total - label

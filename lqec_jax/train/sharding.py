@@ -50,8 +50,9 @@ def shard_params(fns: ModelFns, params: Params, mesh: Mesh) -> tuple[Params, tup
 
 
 def put(array: Any, sharding: NamedSharding) -> jax.Array:
-    """Places a host array, which every process holds whole, on devices of one or more processes."""
-    if jax.process_count() == 1:
+    """Places an array on devices of one or more processes; all processes hold it, or its parts."""
+    spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if jax.process_count() == 1 or spread:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

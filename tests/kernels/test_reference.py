@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from lqec_kernels.formats import Affine, Dense
 from lqec_kernels.packing import words_for
@@ -78,9 +79,12 @@ def test_shards_change_nothing(shards, d_out):
     assert_near(came, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_scales_and_zeros_equal_dense_autodiff(kind):
-    base, x = draw_base(13, kind), draw(2, 3, D_IN)
+@pytest.mark.parametrize(
+    ("kind", "d_out", "shards"),
+    [*((kind, 13, 1) for kind in KINDS), ("floating", 12, 2)],
+)
+def test_gradients_of_scales_and_zeros_equal_dense_autodiff(kind, d_out, shards):
+    base, x = draw_base(d_out, kind), draw(2, 3, D_IN)
 
     @partial(jax.jit, static_argnums=0)
     def gradients(multiply, base, x):
@@ -91,7 +95,8 @@ def test_gradients_of_scales_and_zeros_equal_dense_autodiff(kind):
 
         return jax.grad(loss, (0, 1))((base.scales, base.zeros)[: 1 + (kind == "floating")], x)
 
-    came, wanted = gradients(tiled_matmul, base, x), gradients(dense_matmul, base, x)
+    came = gradients(partial(tiled_matmul, shards=shards), base, x)
+    wanted = gradients(dense_matmul, base, x)
     assert len(jax.tree.leaves(came)) == (3 if kind == "floating" else 2)
     assert_near(came, wanted, 1e-5)
 
@@ -160,6 +165,41 @@ def test_a_product_that_nothing_differentiates_adds_no_gradient():
         return jnp.sum(x**2) + jnp.sum(jax.lax.stop_gradient(tiled_matmul(x, base)))
 
     assert_near(jax.jit(jax.grad(loss))(x), 2 * x, 0.0)
+
+
+def test_what_is_not_finite_stays_in_its_own_row():
+    x, dy = draw(3, D_IN), draw(3, 12)
+    came, _ = both_ways(x, dy, draw_base(12))
+    x[1, 0], dy[2, 0] = np.nan, np.inf
+    (y, dx), _ = both_ways(x, dy, draw_base(12))
+    assert np.isnan(y[1]).all() and not np.isfinite(dx[2]).any()
+    np.testing.assert_array_equal(y[::2], came[0][::2])
+    np.testing.assert_array_equal(dx[:2], came[1][:2])
+
+
+def test_under_shard_map_with_a_weight_that_every_device_holds():
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+    base, x = draw_base(12, "floating"), draw(4, D_IN)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradients(multiply, floats, x):
+        def loss(floats, x):
+            whole = Affine(base.codes, *floats, 2, GROUP, D_IN)
+            return jnp.sum(jnp.sin(multiply(x, whole)))
+
+        return jax.grad(loss, (0, 1))(floats, x)
+
+    def split(x, whole):
+        share = jax.shard_map(
+            tiled_matmul, mesh=mesh, in_specs=(PartitionSpec("data"), PartitionSpec()),
+            out_specs=PartitionSpec("data"),
+        )  # fmt: skip
+        return share(x, whole)
+
+    floats = (base.scales, base.zeros)
+    assert_near(gradients(split, floats, x), gradients(dense_matmul, floats, x), 1e-5)
 
 
 def test_neither_direction_holds_the_dense_weight():

@@ -6,9 +6,10 @@ gradients for the adapters only, Adam. The weights are round-to-nearest 2-bit co
 teacher's states are cached, nothing is logged or evaluated in between, so that only the update is
 timed.
 
-Four ways are timed in one process, round robin, and the fastest is the bar to beat: adapters as
-peft modules or as the plainest module that works, times 8 micro-batches of one window (the
-authors' loop) or one batch of 8.
+Four ways are timed in one process, round robin, and the fastest in CPU seconds is the bar to beat:
+adapters as peft modules or as the plainest module that works, times 8 micro-batches of one window
+(the authors' loop) or one batch of 8. Nothing else may run beside it: threads that wait for one
+another and lose a core to a neighbour took 16 times as long.
 
 A is drawn with numpy (`draw_a`), B is zero, so that another implementation can start from the same
 point: the first loss is that of the quantized model and the last one is comparable to float32
@@ -78,7 +79,7 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tenso
 
 
 def draw_a(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
-    """peft's 'gaussian' start, std 1/rank, from one numpy stream in layer, then PROJECTIONS order."""
+    """peft's 'gaussian' start, std 1/rank, from one stream: layer by layer, PROJECTIONS order."""
     rng = np.random.default_rng(seed)
     return [(rng.standard_normal(s) / s[0]).astype(np.float32) for s in shapes]  # each [rank, d_in]
 
@@ -166,16 +167,19 @@ def teacher_states(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([teacher(input_ids=t, use_cache=False)[0] for t in tokens.split(8)])
 
 
+WAYS = {
+    "peft, 8 x 1": (with_peft, 1),
+    "peft, 1 x 8": (with_peft, 8),
+    "plain, 8 x 1": (with_plain_modules, 1),
+    "plain, 1 x 8": (with_plain_modules, 8),
+}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Way]:
     windows = np.load(args.tokens)[: args.updates * WINDOWS_PER_UPDATE]
     tokens = torch.from_numpy(windows.astype(np.int64))  # [windows, t]
     teacher = teacher_states(args.model, tokens)
-    wraps = {"peft": with_peft, "plain": with_plain_modules}
-    ways = {
-        f"{name}, {WINDOWS_PER_UPDATE // n} x {n}": prepare(args, wrap, n)
-        for name, wrap in wraps.items()
-        for n in (1, WINDOWS_PER_UPDATE)
-    }
+    ways = {name: prepare(args, *WAYS[name]) for name in args.way}
     batches = len(tokens) // WINDOWS_PER_UPDATE
     for i in range(args.updates):
         at = slice(i % batches * WINDOWS_PER_UPDATE, (i % batches + 1) * WINDOWS_PER_UPDATE)
@@ -221,7 +225,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--way", nargs="+", choices=WAYS, default=list(WAYS), help="one alone for its peak_rss_mb"
+    )
+    args = parser.parse_args(argv)
+    if args.updates <= args.warmup:
+        parser.error(f"--updates {args.updates} leaves nothing after --warmup {args.warmup}")
+    return args
 
 
 if __name__ == "__main__":

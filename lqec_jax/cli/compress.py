@@ -1,0 +1,206 @@
+"""`lqec compress`: the main job, and what it would make (`--dry-run`)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lqec_jax.errors import InputError
+
+Text = Annotated[str | None, typer.Option("--calib", metavar="TEXT",
+    help="Calibration text: .txt, .jsonl, .parquet, a .npy of token ids, or hf:NAME.")]  # fmt: skip
+RecipeText = Annotated[str | None, typer.Option("--recipe", metavar="R",
+    help='What to do, e.g. "rtn(bits=2, group_size=64) | rilq(rank=16)".')]  # fmt: skip
+Seqlen = Annotated[int | None, typer.Option(metavar="N",
+    help="Tokens of a calibration window. [default: 512]")]  # fmt: skip
+Windows = Annotated[int | None, typer.Option(metavar="N",
+    help="How many windows are read. [default: 320]")]  # fmt: skip
+ValRatio = Annotated[float | None, typer.Option(metavar="X",
+    help="Of them, the fraction for validation. [default: 0.2]")]  # fmt: skip
+Seed = Annotated[int | None, typer.Option(metavar="N", help="[default: 0]")]
+Dtype = Annotated[str | None, typer.Option(metavar="D",
+    help="Of activations: float32, bfloat16 or auto. [default: auto]")]  # fmt: skip
+Mesh = Annotated[str | None, typer.Option(metavar="data=2,model=4",
+    help="Devices to split windows and weights over. [default: one device]")]  # fmt: skip
+Eval = Annotated[str | None, typer.Option("--eval", metavar="TEXT",
+    help="What the stages are scored on. [default: the validation windows]")]  # fmt: skip
+Config = Annotated[str | None, typer.Option(metavar="FILE",
+    help="YAML with any of these settings; flags win over it.")]  # fmt: skip
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C",
+    help="Changes one setting, after the file and the flags; may be repeated.")]  # fmt: skip
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite",
+    help="Replace the artifact at OUT, or an unfinished run to it.")]  # fmt: skip
+DryRun = Annotated[bool, typer.Option("--dry-run",
+    help="Check everything and print the sizes; write nothing.")]  # fmt: skip
+Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
+    help="The report as JSON, to FILE or standard output.")]  # fmt: skip
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The artifact folder to write.")],
+    *,
+    recipe: RecipeText = None,
+    calib: Text = None,
+    seqlen: Seqlen = None,
+    windows: Windows = None,
+    val_ratio: ValRatio = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    mesh: Mesh = None,
+    eval: Eval = None,
+    config: Config = None,
+    settings: Settings = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a model by a recipe into an artifact folder."""
+    from lqec_jax.config import resolve
+
+    flags = {"recipe": recipe, "calib": calib, "seqlen": seqlen, "windows": windows, "seed": seed,
+             "val_ratio": val_ratio, "dtype": dtype, "mesh": mesh, "eval": eval}  # fmt: skip
+    chosen = resolve(flags, config, settings or ())
+    for name in ("recipe", "calib"):
+        if getattr(chosen, name) is None:
+            raise InputError(f"compress: no {name}; give --{name}, or put {name}: into --config")
+    if dry_run:
+        _dry_run(model, out, chosen, resume=resume, overwrite=overwrite, json=json)
+    else:
+        _run(model, out, chosen, resume=resume, overwrite=overwrite, json=json, quiet=quiet)
+
+
+def _run(model, out: Path, chosen, *, resume, overwrite, json, quiet) -> None:
+    from lqec_jax.cli.printing import STDOUT, check_json, write_json
+    from lqec_jax.cli.progress import reporting
+
+    check_json(json)
+    with _resumable(out):
+        from lqec_jax import api
+
+        arguments = _arguments(chosen)
+        with reporting(quiet) as reporter:
+            small = api.compress(model, chosen.recipe, chosen.calib, out=out, resume=resume,
+                                 overwrite=overwrite, reporter=reporter, **arguments)  # fmt: skip
+    if json is not None:
+        write_json(json, small.report)
+    if json != STDOUT and not quiet:
+        _print_report(small.report, out)
+
+
+def _arguments(chosen) -> dict[str, Any]:
+    """Returns a configuration as keyword arguments of `api.compress`, its mesh made of devices."""
+    from lqec_jax.train.sharding import make_mesh
+
+    mesh = None if chosen.mesh is None else make_mesh(chosen.mesh.data, chosen.mesh.model)
+    names = ("seqlen", "windows", "val_ratio", "seed", "eval", "dtype")
+    return {name: getattr(chosen, name) for name in names} | {"mesh": mesh}
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says after an interruption that what was finished is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        import sys
+
+        partial = out.with_name(out.name + ".partial")
+        if (partial / "state.json").is_file():
+            print(f"{partial} keeps what is finished; the same command with --resume continues it",
+                  file=sys.stderr)  # fmt: skip
+        raise
+
+
+def _print_report(report: Mapping[str, Any], out: Path) -> None:
+    from lqec_jax.cli.printing import format_number, print_line, print_stages
+
+    print_stages(report["stages"])
+    print_line(
+        f"{report['bits_per_weight']:.4f} bits per weight over {len(report['linears'])} linears, "
+        f"{report['seconds']:.1f} s, {report['peak_rss_mb']:.0f} MB at most"
+    )
+    for fit in report["fits"]:
+        looks = {point["update"]: format_number(point["val_loss"]) for point in fit["history"]}
+        best, last = fit["best_update"], fit["history"][-1]["update"]
+        print_line(
+            f"{fit['method']}: validation loss {looks[0]} before, {looks[best]} at its best, "
+            f"update {best} of {last}"
+        )
+        for note in fit["notes"]:
+            print_line(f"{fit['method']}: {note}")
+    print_line(f"written to {out}")
+
+
+def _dry_run(model, out: Path, chosen, *, resume, overwrite, json) -> None:
+    from lqec_jax.cli.printing import STDOUT, check_json, write_json
+    from lqec_jax.io.run import check_run
+    from lqec_jax.prepare import prepare
+
+    check_json(json)
+    check_run(out, resume=resume, overwrite=overwrite)
+    arguments = _arguments(chosen)
+    del arguments["mesh"]  # made, so it is possible
+    sizes = _sizes(prepare(model, chosen.recipe, chosen.calib, **arguments))
+    if json is not None:
+        write_json(json, sizes)
+    if json != STDOUT:
+        _print_sizes(sizes, out)
+
+
+def _sizes(job) -> dict[str, Any]:
+    """Returns what a job's artifact will weigh, from shapes alone."""
+    from lqec_jax.core.tree import get_at
+    from lqec_jax.io.leaves import name_format
+
+    layers, block = job.source.config.layers, job.source.block(0)
+    linears = [
+        {
+            "path": path,
+            "count": layers,
+            "d_in": leaf.d_in,
+            "d_out": leaf.d_out,
+            "format": name_format(leaf),
+            "bits_per_weight": leaf.bits_per_weight,
+            "stored_bytes": layers * leaf.stored_bits() // 8,
+        }
+        for path, leaf in job.leaves.items()
+    ]
+    weights = sum(layers * linear["d_in"] * linear["d_out"] for linear in linears)
+    stored = sum(linear["stored_bytes"] for linear in linears)
+    dense = sum(get_at(block, f"{path}/kernel").nbytes for path in job.leaves)
+    return {
+        "recipe": str(job.recipe),
+        "calibration": job.text_in_words,
+        "bits_per_weight": 8 * stored / weights,
+        "stored_bytes": stored,
+        "dense_bytes": layers * dense,
+        "kept_bytes": _bytes(job.source.outer) + layers * (_bytes(block) - dense),
+        "linears": linears,
+    }
+
+
+def _bytes(tree: Any) -> int:
+    import jax
+
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
+
+
+def _print_sizes(sizes: Mapping[str, Any], out: Path) -> None:
+    from lqec_jax.cli.printing import format_bytes, print_line, print_linears
+
+    print_linears(sizes["linears"])
+    print_line(
+        f"{sizes['bits_per_weight']:.4f} bits per weight: {format_bytes(sizes['stored_bytes'])}, "
+        f"from {format_bytes(sizes['dense_bytes'])}"
+    )
+    print_line(f"kept as they are (embedding, norms, head): {format_bytes(sizes['kept_bytes'])}")
+    print_line(sizes["calibration"])
+    print_line(f"recipe: {sizes['recipe']}")
+    print_line(f"nothing was computed or written; leave out --dry-run to make {out}")

@@ -1,0 +1,221 @@
+"""`lqec inspect`: what is in a folder, read from headers alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
+    help="The same as JSON, to FILE or standard output.")]  # fmt: skip
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model folder, an artifact, or an OUT.partial.")],
+    *,
+    json: Json = None,
+) -> None:
+    """Show what is in a model folder, an artifact, or an unfinished run."""
+    from lqec_jax.cli.printing import STDOUT, check_json, write_json
+
+    check_json(json)
+    facts = describe(path)
+    if json is not None:
+        write_json(json, facts)
+    if json != STDOUT:
+        _PRINTERS[facts["kind"]](facts)
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Returns what a folder holds; 'kind' is dense, artifact or run.
+
+    Raises:
+      InputError: it is none of these, or damaged.
+    """
+    from lqec_jax.io.artifact import is_artifact
+    from lqec_jax.io.run import STATE, partial_folder
+
+    folder = Path(path)
+    if not folder.exists() and folder.name and (partial_folder(folder) / STATE).is_file():
+        folder = partial_folder(folder)
+    if (folder / STATE).is_file():
+        return _describe_run(folder)
+    return _describe_artifact(folder) if is_artifact(folder) else _describe_dense(path)
+
+
+def _describe_dense(path: str) -> dict[str, Any]:
+    from lqec_jax.io.hf import Checkpoint, check_tensors
+    from lqec_jax.models import families
+
+    checkpoint = Checkpoint.open(path)
+    config = families.read_config(checkpoint.config)
+    family = families.family(config.family)
+    check_tensors(checkpoint, family, config)
+    tensors = family.block_tensors(config)
+    layers = range(config.layers)
+    linears = [
+        row
+        for path in _kernels(config)
+        for row in _rows(path, [_stored(checkpoint, tensors[path], layer) for layer in layers])
+    ]
+    return {"kind": "dense", **_model(config, checkpoint), "linears": linears}
+
+
+def _stored(checkpoint, tensor, layer: int) -> Any:
+    """Returns a dense weight as shapes."""
+    import jax
+
+    dtype = checkpoint.dtype(tensor.name.format(layer=layer))
+    return jax.ShapeDtypeStruct(tensor.inner_shape, dtype)
+
+
+def _describe_artifact(folder: Path) -> dict[str, Any]:
+    from lqec_jax.core.tree import get_at
+    from lqec_jax.io.artifact import REPORT, load_shapes
+    from lqec_jax.io.hf import read_json
+
+    meta, checkpoint, config, tree = load_shapes(folder)
+    linears = [
+        row
+        for path in _kernels(config)
+        for row in _rows(path, [get_at(block, path) for block in tree["blocks"]])
+    ]
+    weights = sum(row["count"] * row["d_in"] * row["d_out"] for row in linears)
+    return {
+        "kind": "artifact",
+        **_model(config, checkpoint),
+        "recipe": meta["recipe"],
+        "seed": meta.get("seed"),
+        "base_fingerprint": meta["base_fingerprint"],
+        "versions": meta.get("versions", {}),
+        "bits_per_weight": 8 * sum(row["stored_bytes"] for row in linears) / weights,
+        "linears": linears,
+        "stages": _stages(read_json(folder / REPORT) if (folder / REPORT).is_file() else {}),
+    }
+
+
+def _describe_run(folder: Path) -> dict[str, Any]:
+    from lqec_jax.io.run import read_state
+
+    state = read_state(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {
+        "kind": "run",
+        "folder": str(folder),
+        "stored_bytes": size,
+        "settings": state["fingerprint"],
+        "phase": state["phase"],
+        "blocks": state["blocks"],
+        "stages": _stages(state),
+    }
+
+
+def _model(config, checkpoint) -> dict[str, Any]:
+    entries = checkpoint.entries.values()
+    return {
+        "folder": str(checkpoint.folder),
+        "family": config.family,
+        "layers": config.layers,
+        "d_model": config.d_model,
+        "d_ff": config.d_ff,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "vocab_size": config.vocab_size,
+        "max_length": config.max_length,
+        "parameters": _parameters(config),
+        "stored_bytes": sum(entry.bytes for entry in entries),
+    }
+
+
+def _parameters(config) -> int:
+    import math
+
+    from lqec_jax.models import families
+
+    family = families.family(config.family)
+    block = sum(math.prod(shape) for shape in family.block_shapes(config).values())
+    outer = sum(math.prod(stored.shape) for stored in family.outer_tensors(config).values())
+    return outer + config.layers * block
+
+
+def _kernels(config) -> list[str]:
+    """Returns the paths of a block's linears, 'attn/q/kernel'."""
+    from lqec_jax.models import families
+
+    shapes = families.family(config.family).block_shapes(config)
+    return [path for path in shapes if path.endswith("/kernel")]
+
+
+def _rows(path: str, weights: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns one row for each make of one linear over the blocks, most often just one."""
+    from lqec_jax.core.tree import is_compressed
+    from lqec_jax.io.leaves import name_format
+    from lqec_kernels.formats import CompressedLinear, Dense
+
+    leaves = [w if is_compressed(w) else CompressedLinear(Dense(w)) for w in weights]
+    makes: dict[tuple[str, int], list] = {}
+    for leaf in leaves:
+        makes.setdefault((name_format(leaf), leaf.stored_bits()), []).append(leaf)
+    return [
+        {
+            "path": path.removesuffix("/kernel"),
+            "count": len(same),
+            "d_in": same[0].d_in,
+            "d_out": same[0].d_out,
+            "format": name,
+            "bits_per_weight": same[0].bits_per_weight,
+            "stored_bytes": len(same) * bits // 8,
+        }
+        for (name, bits), same in makes.items()
+    ]
+
+
+def _stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = ("name", "ppl", "low", "high", "protocol", "seconds")
+    return [{name: stage.get(name) for name in names} for stage in report.get("stages", [])]
+
+
+def _print_dense(facts: Mapping[str, Any]) -> None:
+    from lqec_jax.cli.printing import print_linears
+
+    _print_model(facts)
+    print_linears(facts["linears"])
+
+
+def _print_artifact(facts: Mapping[str, Any]) -> None:
+    from lqec_jax.cli.printing import print_line, print_linears, print_stages
+
+    _print_model(facts)
+    print_linears(facts["linears"])
+    print_line(f"{facts['bits_per_weight']:.4f} bits per weight")
+    print_line(f"recipe: {facts['recipe']}")
+    print_line(f"seed {facts['seed']}, made from {facts['base_fingerprint']}")
+    print_stages(facts["stages"])
+
+
+def _print_run(facts: Mapping[str, Any]) -> None:
+    from lqec_jax.cli.printing import format_bytes, print_line, print_stages
+
+    print_line(f"{facts['folder']}: an unfinished run, {format_bytes(facts['stored_bytes'])}")
+    print_line(f"finished: {facts['phase']} phases, and {facts['blocks']} blocks of the next")
+    for name, value in facts["settings"].items():
+        print_line(f"{name}: {value}")
+    print_stages(facts["stages"])
+    print_line("the command that began it continues it with --resume")
+
+
+_PRINTERS = {"dense": _print_dense, "artifact": _print_artifact, "run": _print_run}
+
+
+def _print_model(facts: Mapping[str, Any]) -> None:
+    from lqec_jax.cli.printing import format_bytes, print_line
+
+    print_line(
+        f"{facts['folder']}: {facts['family']}, {facts['parameters']} parameters, "
+        f"{format_bytes(facts['stored_bytes'])}"
+    )
+    print_line(
+        f"{facts['layers']} layers, d_model {facts['d_model']}, d_ff {facts['d_ff']}, "
+        f"{facts['heads']} heads ({facts['kv_heads']} for keys and values), "
+        f"{facts['vocab_size']} tokens, context {facts['max_length']}"
+    )

@@ -1,0 +1,364 @@
+"""RILQ: adapters trained together on the model's answer, the packed base untouched."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lqec_jax.compensation import rilq as module
+from lqec_jax.compensation.rilq import make_objective, make_optimizer, map_linears, rilq
+from lqec_jax.core.closed_form import truncate
+from lqec_jax.core.linear import linear
+from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.types import ModelFns, ModelProblem
+from lqec_jax.errors import InputError
+from lqec_jax.quantizers.rtn import quantize
+from lqec_jax.train.update import init_state, make_update
+from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
+
+D, FF, VOCAB, LAYERS, LENGTH = 16, 24, 20, 2, 8
+TRAIN, VAL = 16, 8
+RANK = 4
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+# A model of our own: blocks h + down(tanh(up(h))), a norm without scale, a tied head.
+
+
+def block(params, h):
+    inner = jnp.tanh(linear(h, params["up"]["kernel"]))
+    return h + linear(inner, params["down"]["kernel"]), {"up": h, "down": inner}
+
+
+def norm(params, h):
+    return h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True))
+
+
+def hidden(params, tokens):
+    h = params["embed"][tokens]
+    for segment in params["blocks"]:
+        h, _ = jax.lax.scan(lambda h, one: (block(one, h)[0], None), h, segment)
+    return h, norm(params, h)
+
+
+FNS = ModelFns(
+    embed=lambda params, tokens: params["embed"][tokens],
+    block=block,
+    hidden=hidden,
+    head=lambda params, x, start=0, size=None: x @ params["embed"].T,
+    linear_groups=(("up",), ("down",)),
+    norm=norm,
+)
+TEACHER = {
+    "embed": draw(VOCAB, D, seed=3),
+    "blocks": (
+        {
+            "up": {"kernel": draw(LAYERS, D, FF, seed=1) / D**0.5},
+            "down": {"kernel": draw(LAYERS, FF, D, seed=2) / FF**0.5},
+        },
+    ),
+}
+TOKENS = np.random.RandomState(5).randint(0, VOCAB, (TRAIN + VAL, LENGTH)).astype(np.int32)
+
+
+def compress(change) -> dict:
+    """Returns the teacher with every weight replaced by `change` of it."""
+    segment = TEACHER["blocks"][0]
+    for path in FNS.linears:
+        leaf = jax.jit(jax.vmap(change))(get_at(segment, f"{path}/kernel"))
+        segment = set_at(segment, f"{path}/kernel", leaf)
+    return {**TEACHER, "blocks": (segment,)}
+
+
+def bare(w) -> CompressedLinear:
+    return CompressedLinear(quantize(w, 2, 8))
+
+
+def with_svd(w) -> CompressedLinear:
+    leaf = bare(w)
+    return CompressedLinear(leaf.base, (LowRank(*truncate(w - leaf.dense(), RANK)),))
+
+
+@pytest.fixture(scope="module")
+def student() -> dict:
+    return compress(bare)
+
+
+@pytest.fixture(scope="module")
+def teacher_states() -> np.ndarray:
+    return np.asarray(jax.jit(FNS.hidden)(TEACHER, TOKENS)[0])
+
+
+@pytest.fixture(scope="module")
+def problem(student, teacher_states) -> ModelProblem:
+    return ModelProblem(
+        FNS, student, teacher_states, TOKENS[:TRAIN], TOKENS[TRAIN:], jax.random.key(7)
+    )
+
+
+TRAINING = {"updates": 60, "batch": 8, "eval_every": 20, "lr": 1e-2, "token_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def trained(problem):
+    return rilq(rank=RANK, **TRAINING).run(problem)
+
+
+def kernels(params) -> list[CompressedLinear]:
+    return [
+        get_at(segment, f"{path}/kernel") for segment in params["blocks"] for path in FNS.linears
+    ]
+
+
+def loss_of(problem, params, **arguments) -> float:
+    """Returns the loss over the validation windows, said once more from its formula."""
+    settings = rilq(**arguments).arguments
+    pre, post = jax.jit(FNS.hidden)(params, problem.val)
+    teacher = problem.teacher[TRAIN:]
+    if settings["target"] == "post_norm":
+        came, wanted = post, norm(None, teacher)
+    elif settings["target"] == "pre_norm":
+        came, wanted = pre, teacher
+    else:
+        came, wanted = (h @ TEACHER["embed"].T for h in (post, norm(None, teacher)))
+    logits = np.asarray(post @ TEACHER["embed"].T, np.float64)[:, :-1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, problem.val[:, 1:, None], axis=-1).mean()
+    discrepancy = np.mean(np.square(np.asarray(came, np.float64) - np.asarray(wanted, np.float64)))
+    return settings["model_weight"] * discrepancy + settings["token_weight"] * nll
+
+
+@pytest.mark.parametrize("target", ["post_norm", "pre_norm", "logits"])
+def test_the_loss_is_its_formula(problem, target):
+    arguments = {"target": target, "model_weight": 0.7, "token_weight": 0.2}
+    objective = make_objective(problem, rilq(**arguments).arguments)
+    assert (objective.train, objective.val, objective.select) == (TRAIN, VAL, "adapters")
+    batch = objective.batch(np.arange(TRAIN, TRAIN + VAL))
+    np.testing.assert_array_equal(batch["tokens"], problem.val)
+    loss, terms = jax.jit(objective.loss)(problem.params, batch)
+    wanted = loss_of(problem, problem.params, **arguments)
+    assert float(loss) == pytest.approx(wanted, rel=1e-5)
+    by_terms = 0.7 * terms["discrepancy"] + 0.2 * terms["next_token"]
+    assert float(loss) == pytest.approx(float(by_terms), rel=1e-6)
+
+
+def test_training_begins_at_the_bare_model(problem, trained):
+    start = trained.history[0]
+    assert (start.update, start.train_loss) == (0, None)
+    bare_loss = loss_of(problem, problem.params, token_weight=0.0)
+    assert start.val_loss == pytest.approx(bare_loss, rel=1e-5)
+
+
+def test_the_answer_comes_four_times_nearer(problem, trained):
+    before, after = (
+        loss_of(problem, params, token_weight=0.0) for params in (problem.params, trained.params)
+    )
+    assert after < before / 4
+    assert [point.update for point in trained.history] == [0, 20, 40, 60]
+    best = min(trained.history, key=lambda point: point.val_loss)
+    assert trained.best_update == best.update
+    # Adapters are stored in float16, which is all that separates the two.
+    assert after == pytest.approx(best.val_loss, rel=1e-2)
+
+
+def test_the_base_is_bit_identical(student, trained):
+    for before, after in zip(kernels(student), kernels(trained.params), strict=True):
+        assert isinstance(after.base, Affine)
+        for b, a in zip(jax.tree.leaves(before.base), jax.tree.leaves(after.base), strict=True):
+            assert b.dtype == a.dtype
+            assert np.asarray(b).tobytes() == np.asarray(a).tobytes()
+    np.testing.assert_array_equal(trained.params["embed"], student["embed"])
+
+
+def test_adapters_are_stored_even_in_half_precision(trained):
+    for leaf in kernels(trained.params):
+        (correction,) = leaf.corrections
+        assert correction.a.shape == (LAYERS, leaf.d_in, RANK)
+        assert correction.a.dtype == correction.b.dtype == jnp.float16
+        norms = [
+            np.linalg.norm(np.asarray(factor, np.float32), axis=axis)
+            for factor, axis in ((correction.a, -2), (correction.b, -1))
+        ]
+        assert norms[0].min() > 0
+        np.testing.assert_allclose(*norms, rtol=1e-2)
+
+
+def test_the_preview_has_the_shapes_of_the_result(student, trained):
+    step = rilq(rank=RANK, **TRAINING)
+    for before, after in zip(kernels(student), kernels(trained.params), strict=True):
+        seen = jax.eval_shape(step.preview, before)
+        assert jax.tree.structure(seen) == jax.tree.structure(after)
+        for s, a in zip(jax.tree.leaves(seen), jax.tree.leaves(after), strict=True):
+            assert (s.shape, s.dtype) == (a.shape, a.dtype)
+
+
+def test_same_key_same_bytes(problem, trained):
+    again = rilq(rank=RANK, **TRAINING).run(problem)
+    assert again.history == trained.history
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(trained.params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_training_that_only_harms_returns_the_bare_model(problem, student):
+    # Validation windows on which the bare model is its own teacher: nothing can be nearer.
+    own_answer = np.asarray(jax.jit(FNS.hidden)(student, problem.val)[0])
+    teacher = np.concatenate([problem.teacher[:TRAIN], own_answer])
+    other = dataclasses.replace(problem, teacher=teacher, key=jax.random.key(8))
+    solution = rilq(rank=RANK, **TRAINING).run(other)
+    assert solution.best_update == 0 and "no update lowered" in solution.notes[0]
+    assert solution.history[0].val_loss < 1e-12 < 1e-3 < solution.history[-1].val_loss
+    for before, after in zip(kernels(student), kernels(solution.params), strict=True):
+        assert not np.asarray(after.corrections[0].b).any()
+        np.testing.assert_array_equal(after.dense(), before.dense())
+    draws = [np.asarray(leaf.corrections[0].a, np.float64) for leaf in kernels(solution.params)]
+    assert np.std(np.concatenate([a.ravel() for a in draws])) == pytest.approx(1 / RANK, rel=0.1)
+    assert np.abs(draws[0] - draws[1][:, :D]).max() > 0.1  # each weight has its own
+    assert np.abs(draws[0][0] - draws[0][1]).max() > 0.1  # and each layer
+
+
+def test_an_adapter_already_there_is_the_one_trained(problem):
+    warm = dataclasses.replace(problem, params=compress(with_svd))
+    solution = rilq(**TRAINING).run(warm)
+    before, after = (
+        loss_of(problem, params, token_weight=0.0) for params in (warm.params, solution.params)
+    )
+    assert solution.history[0].val_loss == pytest.approx(before, rel=1e-5)
+    assert after < before / 4
+    for old, new in zip(kernels(warm.params), kernels(solution.params), strict=True):
+        (old,), (new,) = old.corrections, new.corrections
+        assert new.rank == RANK
+        old, new = np.asarray(old.dense()).ravel(), np.asarray(new.dense()).ravel()
+        assert 0.5 < old @ new / np.linalg.norm(old) / np.linalg.norm(new) < 0.999
+
+
+def test_another_rank_than_the_adapter_there_is_refused(problem):
+    warm = dataclasses.replace(problem, params=compress(with_svd))
+    with pytest.raises(InputError, match=r"^rilq: rank=3 .* adapters of rank 4; leave rank out"):
+        rilq(rank=3, **TRAINING).run(warm)
+
+
+def test_a_new_adapter_has_the_default_rank_where_it_fits(problem):
+    with pytest.raises(InputError, match=rf"rilq: rank={module.DEFAULT_RANK} is larger than min"):
+        rilq().run(problem)
+
+
+def literal_training(a, b, alpha, optimizer, steps, loss_of_y):
+    """Trains (A, B) of y = x w + alpha/r (x A) B as it is published."""
+
+    def loss(factors, x, w):
+        a, b = factors
+        return loss_of_y(x @ w + alpha / a.shape[1] * ((x @ a) @ b))
+
+    @jax.jit
+    def update(factors, state, x, w):
+        changes, state = optimizer.update(jax.grad(loss)(factors, x, w), state, factors)
+        return optax.apply_updates(factors, changes), state
+
+    factors, state = (jnp.asarray(a), jnp.asarray(b)), optimizer.init((a, b))
+    for x, w in steps:
+        factors, state = update(factors, state, x, w)
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("alpha", "weight_decay", "decay", "size"),
+    [
+        (16.0, 0.0, "constant", 1.0),
+        (16.0, 0.1, "constant", 1.0),
+        (2.0, 0.05, "cosine", 1.0),
+        (16.0, 0.0, "constant", 1e-7),  # gradients as small as Adam's epsilon
+    ],
+)
+@pytest.mark.parametrize("start", ["zero", "warm"])
+def test_training_a_and_b_is_training_the_published_factors(
+    alpha, weight_decay, decay, size, start
+):
+    rank, updates, lr = 4, 5, 1e-2
+    w, a = draw(D, FF), draw(D, rank, seed=1) / rank
+    b = draw(rank, FF, seed=2) * (start == "warm")
+    x, y = draw(32, D, seed=3), draw(32, FF, seed=4)
+
+    def loss_of_y(answer):
+        return size * jnp.mean(jnp.square(answer - y))
+
+    settings = rilq(
+        rank=rank, alpha=alpha, lr=lr, updates=updates, weight_decay=weight_decay, decay=decay
+    ).arguments
+    optimizer = make_optimizer(settings)
+    params = {"w": CompressedLinear(Dense(w), (LowRank(a, alpha / rank * b),))}
+    update = make_update(lambda p, x: (loss_of_y(linear(x, p["w"])), {}), optimizer)
+    state = init_state(params, optimizer)
+    for _ in range(updates):
+        state, _ = update(state, x)
+    came = state.params["w"].corrections[0]
+
+    rate = optax.cosine_decay_schedule(lr, updates) if decay == "cosine" else lr
+    published = optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
+    wanted_a, wanted_b = literal_training(a, b, alpha, published, [(x, w)] * updates, loss_of_y)
+    np.testing.assert_allclose(came.a, wanted_a, atol=1e-5)
+    np.testing.assert_allclose(came.b, alpha / rank * wanted_b, atol=1e-5)
+    assert np.abs(came.b - alpha / rank * b).max() > 1e-2
+
+
+def test_the_papers_settings():
+    arguments = rilq(preset="paper").arguments
+    paper = {"alpha": 16.0, "lr": 1e-4, "updates": 1250, "batch": 8, "eval_every": 25,
+             "patience": 5, "weight_decay": 0.0, "decay": "constant", "target": "post_norm",
+             "model_weight": 0.5, "token_weight": 0.5}  # fmt: skip
+    assert {name: arguments[name] for name in paper} == paper
+    assert module.DEFAULT_RANK == 64
+
+
+@pytest.mark.parametrize("preset", module.PRESETS)
+def test_an_argument_wins_over_the_preset(preset):
+    plain = rilq(preset=preset).arguments
+    assert {name: plain[name] for name in module.PRESETS[preset]} == module.PRESETS[preset]
+    changed = rilq(preset=preset, lr=0.5, patience=0).arguments
+    assert changed == plain | {"lr": 0.5, "patience": 0}
+    assert rilq().arguments == rilq(preset="ours").arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"batch": 8, "accumulate": 3}, "batch=8 does not divide into accumulate=3"),
+        ({"target": "hidden"}, "target='hidden'; one of 'post_norm', 'pre_norm', 'logits'"),
+        ({"decay": "linear"}, "decay='linear'"),
+        ({"preset": "theirs"}, "preset='theirs'; one of 'ours', 'paper'"),
+        ({"lr": -1.0}, "lr=-1.0; a number >= 0"),
+        ({"updates": 0}, "updates=0; an integer >= 1"),
+        ({"patience": -1}, "patience=-1"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ],
+)
+def test_other_arguments_are_refused(arguments, said):
+    with pytest.raises(InputError, match="^rilq: ") as caught:
+        rilq(**arguments)
+    assert said in str(caught.value)
+
+
+def test_map_linears_visits_every_compressed_weight_once_with_its_number(student):
+    one, two = (
+        jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], student["blocks"][0]) for i in (0, 1)
+    )
+    one = set_at(one, "up/kernel", TEACHER["blocks"][0]["up"]["kernel"][:1])  # left dense
+    params = {**student, "blocks": (one, two)}
+    seen = []
+
+    def mark(leaf, number):
+        seen.append((number, leaf.d_in))
+        return partial(dataclasses.replace, leaf)(corrections=(number,))
+
+    changed = map_linears(FNS, params, mark)
+    assert seen == [(1, FF), (2, D), (3, FF)]
+    assert [leaf.corrections for leaf in kernels(changed)[1:]] == [(1,), (2,), (3,)]
+    assert changed["blocks"][0]["up"]["kernel"] is one["up"]["kernel"]
+    assert changed["embed"] is student["embed"]

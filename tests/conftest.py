@@ -1,0 +1,45 @@
+"""Four simulated devices, a compilation cache, `--slow`, and the folder of real models and texts."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Only possible before a backend starts.
+jax.config.update("jax_num_cpu_devices", 4)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_configure(config):
+    # JAX writes an entry in place and locks nothing: processes that share a folder may read half of
+    # one. So each worker has its own, and an entry that a killed run left unfinished is no failure.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: minutes on two cores; run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and texts that lies beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("real models and texts are not here: no folder ../shared")
+    return SHARED

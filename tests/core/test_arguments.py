@@ -1,0 +1,103 @@
+"""Checks of recipe arguments: what passes, and the one line that refuses the rest."""
+
+import math
+
+import pytest
+
+from lqec_jax.core.arguments import (
+    check_choice,
+    check_int,
+    check_number,
+    check_rank,
+    resolve_group,
+    resolve_rank,
+)
+from lqec_jax.errors import InputError
+
+HUGE = 10**4000
+
+
+def refusal(check, *arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        check(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("rtn: ")
+    return message
+
+
+def test_integers_in_range_pass():
+    assert [check_int("rtn", "bits", n, 1, 8) for n in (1, 8)] == [1, 8]
+    assert check_int("rtn", "group_size", HUGE, 1) == HUGE
+
+
+@pytest.mark.parametrize("value", [0, 9, -HUGE, True, 2.0, "2", None, [2], 1j])
+def test_other_integers_are_refused_with_what_came_and_what_was_wanted(value):
+    message = refusal(check_int, "rtn", "bits", value, 1, 8)
+    assert message == f"rtn: bits={value!r}; an integer from 1 to 8 was wanted"
+
+
+def test_an_open_range_says_only_its_low_end():
+    message = refusal(check_int, "rtn", "group_size", 0, 1)
+    assert message == "rtn: group_size=0; an integer >= 1 was wanted"
+
+
+def test_numbers_may_be_whole_or_not():
+    assert check_number("rtn", "lr", 1, 0.0) == 1
+    assert check_number("rtn", "lr", 1e-4, 0.0) == 1e-4
+    assert check_number("rtn", "damp", 1.0, 0.0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.5, math.inf, -math.inf, math.nan, False, "1", None])
+def test_other_numbers_are_refused(value):
+    message = refusal(check_number, "rtn", "damp", value, 0.0, 1.0)
+    assert message == f"rtn: damp={value!r}; a number from 0 to 1 was wanted"
+
+
+def test_an_integer_beyond_floats_is_refused_not_an_overflow():
+    assert refusal(check_number, "rtn", "lr", HUGE, 0.0).endswith("a number >= 0 was wanted")
+
+
+def test_choices_are_compared_with_their_type():
+    assert check_choice("rtn", "symmetric", True, (True, False)) is True
+    assert check_choice("rtn", "dtype", "float16", {"float16": 1}) == "float16"
+    for value in (1, "true", None, [True]):
+        message = refusal(check_choice, "rtn", "symmetric", value, (True, False))
+        assert message == f"rtn: symmetric={value!r}; one of True, False was wanted"
+
+
+def test_ranks_are_integers_or_fractions():
+    assert check_rank("rtn", 64) == 64
+    assert check_rank("rtn", 0.1) == 0.1 and check_rank("rtn", 1.0) == 1.0
+    for value in (0, -1, 0.0, 1.5, math.nan, True, "8", None):
+        assert f"rank={value!r}" in refusal(check_rank, "rtn", value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "wanted"),
+    [(5, (8, 5), 5), (1.0, (8, 5), 5), (0.5, (64, 256), 32), (0.001, (64, 64), 1)],
+)
+def test_a_fraction_is_of_the_smaller_side(rank, shape, wanted):
+    assert resolve_rank("rtn", rank, *shape) == wanted
+
+
+def test_a_rank_above_the_smaller_side_is_refused_with_the_largest_that_fits():
+    message = refusal(resolve_rank, "rtn", 6, 8, 5)
+    assert message == (
+        "rtn: rank=6 is larger than min(d_in=8, d_out=5)=5; choose at most 5, or a fraction"
+    )
+
+
+def test_groups_divide_or_are_the_whole():
+    assert resolve_group("rtn", 32, 96) == 32
+    assert resolve_group("rtn", None, 96) == 96
+
+
+@pytest.mark.parametrize(
+    ("group_size", "d_in", "instead"), [(64, 96, 48), (128, 96, 96), (2, 7, 1), (200, 288, 144)]
+)
+def test_a_group_that_does_not_divide_is_refused_with_one_that_does(group_size, d_in, instead):
+    message = refusal(resolve_group, "rtn", group_size, d_in)
+    assert message == (
+        f"rtn: d_in={d_in} is not divisible by group_size={group_size}; "
+        f"choose a divisor such as {instead}, or group_size=None"
+    )

@@ -1,0 +1,434 @@
+"""The laws of the house that a machine can check, over the sources as text."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lqec_jax.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "lqec_jax").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "lqec_kernels").rglob("*.py"))
+SOURCES = PACKAGE + KERNELS
+# Everything written here is read by the same reader; scripts beside the package count too.
+WRITTEN = sorted(
+    path
+    for folder in ("lqec_jax", "kernels", "tests", "colab", "configs")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+# L0 .. L6. A part may import parts of lower levels and itself; parts of one level do not see one
+# another, except where SIDEWAYS says so.
+LADDER = (
+    {"errors", "lqec_kernels"},
+    {"core"},
+    {"train"},
+    {"quantizers", "sparsifiers", "compensation", "models", "calibration"},
+    {"io", "evaluate", "recipe", "methods"},
+    {"driver"},
+    {"api", "prepare", "demo", "config"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+SIDEWAYS = {
+    ("recipe", "methods"): "a recipe names rows of the table",
+    ("api", "prepare"): "the verbs and what they all do first",
+    ("demo", "api"): "the demo is a user of the verbs",
+    ("config", "prepare"): "a config is checked by what will read it",
+}
+METHOD_FOLDERS = ("quantizers", "sparsifiers", "compensation")
+
+# Imported only inside the function that needs it, wherever that is.
+LAZY = {"orbax", "transformers", "torch", "triton", "jax_triton", "matplotlib", "pyarrow",
+        "datasets", "huggingface_hub", "peft"}  # fmt: skip
+REFUSED_NAMES = {"util", "utils", "helper", "helpers", "misc", "common"}
+
+LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS, DEEPEST_NESTING = 400, 60, 7, 3
+COMMANDS = "lqec_jax/cli/"  # an option of a command is an argument of its function
+EXCEPTIONS = {
+    "lqec_jax/api.py:compress": "the interface names its options; all but two are named",
+    "lqec_jax/prepare.py:prepare": "what compress was asked for, handed on by name",
+    "lqec_jax/train/fit.py:fit": "six nouns make a training run; mesh and session are optional",
+    "lqec_jax/train/fit.py:_run_updates": "the loop's state, passed instead of kept in an object",
+}
+# Sources whose test has another name, and why.
+MIRRORS = {
+    "lqec_jax/core/progress.py": ("tests/cli/test_progress.py", "a protocol that the cli fills"),
+    "lqec_jax/models/config.py": ("tests/models/test_llama_config.py", "records, no behaviour"),
+    "lqec_jax/models/raw_config.py": ("tests/models/test_llama_config.py", "read by a family"),
+    "lqec_jax/models/families.py": ("tests/models/test_llama_config.py", "the families' table"),
+    "lqec_jax/models/llama.py": ("tests/models/test_llama_config.py", "a family is its config"),
+    "lqec_jax/models/layers.py": ("tests/models/test_llama_logits.py", "parts of a decoder"),
+    "lqec_jax/models/decoder.py": ("tests/models/test_llama_logits.py", "equals the original"),
+    "lqec_jax/__init__.py": ("tests/test_house.py", "names only; loading them is tested here"),
+    "lqec_jax/train/__init__.py": ("tests/train/test_update.py", "re-exports"),
+    "lqec_jax/cli/__init__.py": ("tests/cli/test_app.py", "re-exports main"),
+    "lqec_jax/__main__.py": ("tests/test_house.py", "one line, run below as a subprocess"),
+    "kernels/lqec_kernels/__init__.py": ("tests/kernels/test_api.py", "re-exports"),
+}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yields every module, and every name taken from one, that is imported anywhere below."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_at_top(tree: ast.Module) -> set[str]:
+    """Returns the packages imported when the module is: those outside every function."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    found, left = set(), list(ast.iter_child_nodes(tree))
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {name.partition(".")[0] for name in imported(node)}
+        elif not isinstance(node, functions):
+            left += ast.iter_child_nodes(node)
+    return found
+
+
+def part_of(module: str) -> str | None:
+    """Returns which part of the house a module belongs to, None for other people's."""
+    first, _, rest = module.partition(".")
+    if first == "lqec_kernels":
+        return "lqec_kernels"
+    if first == "lqec_jax":
+        return rest.partition(".")[0] or "__init__"
+    return None
+
+
+def part_of_file(path: Path) -> str:
+    if path in KERNELS:
+        return "lqec_kernels"
+    return path.relative_to(ROOT / "lqec_jax").parts[0].removesuffix(".py")
+
+
+def level_of(part: str) -> int:
+    levels = [level for level, parts in enumerate(LADDER) if part in parts]
+    assert levels, f"{part!r} has no place on the ladder: give it one, in house.md and here"
+    return levels[0]
+
+
+def method_modules() -> dict[str, list[str]]:
+    """Returns the module of every row of the table -> the names of its rows."""
+    modules: dict[str, list[str]] = {}
+    for name, row in METHODS.items():
+        modules.setdefault(row.factory.partition(":")[0], []).append(name)
+    return modules
+
+
+def test_the_walk_sees_the_house():
+    names = {name_of(path) for path in SOURCES}
+    assert {"lqec_jax/core/types.py", "kernels/lqec_kernels/packing.py"} <= names
+    assert len(names) >= 30
+    assert "jax" in imported_at_top(parse(ROOT / "lqec_jax/core/types.py"))
+
+
+# Imports
+
+
+def test_imports_go_down_the_ladder():
+    wrong = []
+    for path in SOURCES:
+        part = part_of_file(path)
+        for module in imported(parse(path)):
+            other = part_of(module)
+            if other is None or other == part or (part, other) in SIDEWAYS:
+                continue
+            if other == "__init__" or level_of(other) >= level_of(part):
+                wrong.append(f"{name_of(path)} imports {module}")
+    assert not wrong
+
+
+def test_kernels_depend_on_jax_only():
+    for path in KERNELS:
+        packages = {module.partition(".")[0] for module in imported(parse(path))}
+        # numpy comes with jax.
+        assert packages - sys.stdlib_module_names <= {"jax", "numpy", "lqec_kernels"}, path
+
+
+def test_flax_is_imported_by_models_only():
+    wrong = [
+        name_of(path)
+        for path in SOURCES
+        if "flax" in {module.partition(".")[0] for module in imported(parse(path))}
+        and not name_of(path).startswith("lqec_jax/models/")
+        and name_of(path) != "lqec_jax/io/flax.py"
+    ]
+    assert not wrong
+
+
+def test_optional_packages_are_imported_where_they_are_needed():
+    wrong = {name_of(path): imported_at_top(parse(path)) & LAZY for path in SOURCES}
+    assert not {name: packages for name, packages in wrong.items() if packages}
+
+
+def test_errors_methods_and_the_front_door_need_the_standard_library_only():
+    for name in ("errors", "methods", "__init__"):
+        packages = {
+            module.partition(".")[0] for module in imported(parse(ROOT / f"lqec_jax/{name}.py"))
+        }
+        assert packages - sys.stdlib_module_names <= {"lqec_jax"}, name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import lqec_jax; dir(lqec_jax)"],
+        ["-m", "lqec_jax", "--help"],
+        ["-m", "lqec_jax", "methods"],
+    ],
+    ids=["import", "help", "methods"],
+)
+def test_the_front_door_loads_no_jax(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command],
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TERM": "dumb"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    modules = (line.rpartition("|")[2].strip() for line in done.stderr.splitlines())
+    loaded = {module.partition(".")[0] for module in modules}
+    assert "lqec_jax" in loaded
+    assert not loaded & {"jax", "jaxlib", "flax", "optax", "lqec_kernels", *LAZY}
+    if "methods" in command:
+        assert all(name in done.stdout for name in METHODS)
+
+
+def test_every_public_name_can_be_loaded():
+    package = importlib.import_module("lqec_jax")
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="lqec_jax.*no_such_name"):
+        package.no_such_name  # noqa: B018
+
+
+# Methods
+
+
+@pytest.mark.parametrize("module", method_modules())
+def test_a_method_knows_what_is_below_it_and_no_other_method(module):
+    path = ROOT / (module.replace(".", "/") + ".py")
+    reach = {part_of(name) for name in imported(parse(path))} - {None}
+    allowed = {"core", "errors", "lqec_kernels"}
+    if any(METHODS[name].scope != "linear" for name in method_modules()[module]):
+        allowed |= {"train"}
+    assert reach <= allowed
+
+
+def test_every_file_of_a_method_folder_is_a_row_of_the_table():
+    files = {
+        name_of(path).removesuffix(".py").replace("/", ".")
+        for folder in METHOD_FOLDERS
+        for path in (ROOT / "lqec_jax" / folder).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert files == set(method_modules())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_is_one_line_and_its_factory_takes_named_arguments_with_defaults(name):
+    row = METHODS[name]
+    table = (ROOT / "lqec_jax/methods.py").read_text().splitlines()
+    assert sum(line.startswith(f'    "{name}": Method(') for line in table) == 1
+    module, _, attribute = row.factory.partition(":")
+    factory = getattr(importlib.import_module(module), attribute)
+    for parameter in inspect.signature(factory).parameters.values():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter
+    assert row.scope in ("linear", "block", "model")
+    assert all(row) and row.idea[0].islower() and not row.idea.endswith(".")
+
+
+@pytest.mark.parametrize("module", method_modules())
+def test_a_method_cites(module):
+    loaded = importlib.import_module(module)
+    paper = re.compile(r"arXiv:\d{4}\.\d{5}|[A-Z][a-z]+( et al\.| & [A-Z]\w+)?,? \(?(19|20)\d\d")
+    assert paper.search(" ".join(loaded.__doc__.split())), "the module's docstring names no paper"
+    for name in method_modules()[module]:
+        cited, said = (
+            re.sub(r"[^\w.]+", " ", text) for text in (METHODS[name].paper, loaded.__doc__)
+        )
+        assert cited.partition(" §")[0] in said, f"the table cites {cited}, the docstring does not"
+    assert isinstance(loaded.REFERENCE, str) and loaded.REFERENCE
+    code = re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40} \S.*", loaded.REFERENCE)
+    assert code or loaded.REFERENCE in ("closed form", "our choice"), "code@commit file, or a word"
+
+
+# Size and names
+
+
+def functions_of(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{name_of(path)}:{node.name}", node
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Counts a function's lines without its docstring."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = first.end_lineno - first.lineno + 1 if documented else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def arguments_of(function: ast.FunctionDef) -> int:
+    """Counts arguments; a function with named ones only, a factory or a command, may have many."""
+    positional = [*function.args.posonlyargs, *function.args.args]
+    own = len(positional) - (bool(positional) and positional[0].arg in ("self", "cls"))
+    return own + len(function.args.kwonlyargs) if own else 0
+
+
+def nesting_of(node: ast.AST) -> int:
+    """Returns how deep blocks lie in one another; a function inside begins anew, elif is flat."""
+    blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match)
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
+        deepest = max(deepest, nesting_of(child) + (isinstance(child, blocks) and not is_elif))
+    return deepest
+
+
+def faults_of(name: str, function: ast.FunctionDef) -> Iterator[str]:
+    if (lines := lines_of(function)) > LONGEST_FUNCTION:
+        yield f"{name} has {lines} lines"
+    if (arguments := arguments_of(function)) > MOST_ARGUMENTS and not name.startswith(COMMANDS):
+        yield f"{name} has {arguments} arguments"
+    if (nesting := nesting_of(function)) > DEEPEST_NESTING:
+        yield f"{name} nests {nesting} deep"
+
+
+def test_files_are_small():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_functions_are_small():
+    assert not [
+        fault
+        for path in SOURCES
+        for name, function in functions_of(path)
+        if name not in EXCEPTIONS
+        for fault in faults_of(name, function)
+    ]
+
+
+def test_the_counters_count():
+    source = '''
+def f(self, a, *, b=1):
+    """One
+    two."""
+    for x in a:
+        if x:
+            return 1
+        elif b:
+            with x:
+                return 2
+    return 3
+'''
+    function = ast.parse(source).body[0]
+    assert (lines_of(function), arguments_of(function), nesting_of(function)) == (8, 2, 3)
+
+
+def test_every_exception_is_still_one():
+    faulty = {
+        name
+        for path in SOURCES
+        for name, function in functions_of(path)
+        if any(faults_of(name, function))
+    }
+    assert set(EXCEPTIONS) <= faulty, "these keep the law now: take them off the list"
+
+
+def test_no_flag_is_positional():
+    def is_flag(default: ast.expr) -> bool:
+        return isinstance(default, ast.Constant) and isinstance(default.value, bool)
+
+    # A True or False among the arguments of a call says nothing: name it.
+    assert not [
+        name
+        for path in SOURCES
+        for name, function in functions_of(path)
+        if any(map(is_flag, function.args.defaults)) and not name.startswith(COMMANDS)
+    ]
+
+
+def test_no_file_is_a_drawer():
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        words = {word for part in parts for word in part.split("_")}
+        assert not words & REFUSED_NAMES, name_of(path)
+    assert not [name_of(path) for path in WRITTEN if path.stem in REFUSED_NAMES]
+
+
+def test_annotations_are_evaluated():
+    assert not [
+        name_of(path) for path in WRITTEN if "__future__.annotations" in set(imported(parse(path)))
+    ]
+
+
+def test_every_module_says_what_it_is_and_leaves_nothing_undone():
+    for path in SOURCES:
+        assert ast.get_docstring(parse(path)), name_of(path)
+        assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", path.read_text()), name_of(path)
+
+
+def test_no_except_is_bare():
+    # It would hide our own faults.
+    handlers = (
+        (name_of(path), node)
+        for path in SOURCES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ExceptHandler)
+    )
+    assert not [f"{name}:{node.lineno}" for name, node in handlers if node.type is None]
+
+
+# Tests
+
+
+def mirror_of(path: Path) -> str:
+    if path in KERNELS:
+        return f"tests/kernels/test_{path.name}"
+    inside = path.relative_to(ROOT / "lqec_jax")
+    return (Path("tests") / inside.parent / f"test_{path.name}").as_posix()
+
+
+def test_every_source_has_its_mirror():
+    expected = {
+        name_of(path): MIRRORS.get(name_of(path), (mirror_of(path), ""))[0] for path in SOURCES
+    }
+    missing = [
+        f"{name} has no {test}" for name, test in expected.items() if not (ROOT / test).is_file()
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_exemption_is_needed():
+    for source, (_, reason) in MIRRORS.items():
+        assert reason and (ROOT / source).is_file(), source
+        assert not (ROOT / mirror_of(ROOT / source)).is_file(), f"{source} has its mirror"

@@ -1,0 +1,45 @@
+"""The table of methods."""
+
+import pytest
+
+from lqec_jax.core.types import Step
+from lqec_jax.errors import InputError
+from lqec_jax.methods import METHODS, find_factory
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_tells_the_truth_about_its_step(name):
+    row, step = METHODS[name], find_factory(name)()
+    assert isinstance(step, Step)
+    assert (step.name, step.scope) == (name, row.scope)
+    assert set(step.arguments) <= set(find_factory(name).__kwdefaults__)
+    assert ("bits" in step.arguments) == (row.bits != "-")
+    assert step.objective_name
+    if step.scope == "linear":
+        assert step.objective is not None and step.preview is None
+    if step.scope == "model":
+        assert step.preview is not None
+
+
+def test_the_bits_of_a_row_are_those_its_factory_takes():
+    for name, row in METHODS.items():
+        if row.bits == "-":
+            continue
+        low, high = map(int, row.bits.split("-"))
+        for bits in (low, high):
+            assert find_factory(name)(bits=bits).arguments["bits"] == bits
+        for bits in (low - 1, high + 1):
+            with pytest.raises(InputError, match=f"^{name}: bits={bits}"):
+                find_factory(name)(bits=bits)
+
+
+@pytest.mark.parametrize("name", ["RTN", "rtm", "", "__class__", "lqec_jax.quantizers.rtn:rtn"])
+def test_an_unknown_method_is_refused(name):
+    with pytest.raises(InputError, match="recipe: unknown method") as caught:
+        find_factory(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_the_nearest_method_is_named():
+    with pytest.raises(InputError, match=r"unknown method 'rillq'; did you mean 'rilq'\?"):
+        find_factory("rillq")
