@@ -1,8 +1,9 @@
 """x @ base in plain XLA, one tile of output columns at a time: the oracle and the CPU path.
 
-Memory: neither direction holds more than one tile of the dense weight. The residual of the forward
-pass is the packed base, never its dense copy. `jax.checkpoint` alone does not promise that (XLA
-inlines one-block loops and keeps the copies), the inner scan over at least two tiles does.
+Memory: neither direction holds more than one tile of the dense weight, and one of the low-rank
+correction that joins it. The residual of the forward pass is the packed base, never its dense copy.
+`jax.checkpoint` alone does not promise that (XLA inlines one-block loops and keeps the copies), the
+inner scan over at least two tiles does.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ from jax import lax
 
 from lqec_kernels.formats import Base, Layout
 
-# A tile's dense copy is at most this many elements, unless a dense half is smaller still.
+# A tile's dense copy is at most this many elements; the dense weight is cut into two at least.
 TILE_ELEMENTS = 4 * 2**20
 
 
@@ -50,18 +51,19 @@ def tiled_matmul(
     """
     if base.d_out % shards:
         shards = 1
-    tiles = _count_tiles(base.d_in, base.d_out, shards)
+    # A tile of a b is held beside the weight's own, so with factors tiles are half as large.
+    tiles = _count_tiles(base.d_in, base.d_out, shards, least=2 if low_rank is None else 4)
     cut = Cut(base.d_in, shards, tiles, base.d_out // shards // tiles)
     return _tiled(base.layout, cut, *_vary_alike((x, base.columns(), low_rank)))
 
 
-def _count_tiles(d_in: int, d_out: int, shards: int) -> int:
-    """Returns the least count >= 2 that cuts each share evenly into small enough tiles.
+def _count_tiles(d_in: int, d_out: int, shards: int, least: int) -> int:
+    """Returns the lowest count >= least that cuts each share evenly into small enough tiles.
 
     An odd width has no even cut; a prime one is one column a tile, which is slow but never dense.
     """
     share = d_out // shards
-    wanted = max(2, -(-d_in * d_out // (TILE_ELEMENTS * shards)))
+    wanted = max(least, -(-d_in * d_out // (TILE_ELEMENTS * shards)))
     return next((n for n in range(min(wanted, share), share + 1) if share % n == 0), 1)
 
 

@@ -26,6 +26,7 @@ from lqec_jax.core.types import ModelFns, ModelProblem, ModelSolution, Params, S
 from lqec_jax.errors import InputError
 from lqec_jax.train.fit import Objective, Schedule, fit
 from lqec_jax.train.losses import rilq_terms
+from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear, LowRank
 
 REFERENCE = "aiha-lab/RILQ@42e2be2 main.py"
@@ -47,7 +48,7 @@ def rilq(
     lr: float | None = None,
     updates: int | None = None,
     batch: int | None = None,
-    accumulate: int = 1,
+    accumulate: int | None = None,
     weight_decay: float | None = None,
     decay: str | None = None,
     patience: int | None = None,
@@ -68,7 +69,8 @@ def rilq(
       alpha: the published form is y += (alpha/rank) (x A) B; b is stored with that factor inside
         and moves alpha/rank times as far an update, which is the same training.
       lr: of Adam (betas 0.9, 0.999). `decay` brings it to zero by 'cosine' or leaves it 'constant'.
-      updates, batch: at most so many updates of so many windows, in `accumulate` equal parts.
+      updates, batch: at most so many updates of so many windows, in `accumulate` equal parts; None
+        chooses them, see `train.update.count_parts`.
       weight_decay: decoupled, of both factors.
       patience, eval_every: stop after so many looks, so many updates apart, without a new best on
         the validation windows; patience=0 never stops early.
@@ -109,7 +111,7 @@ def rilq(
 def _check(settings: dict[str, Any]) -> None:
     if settings["rank"] is not None:
         check_rank("rilq", settings["rank"])
-    for name in ("updates", "batch", "eval_every", "accumulate"):
+    for name in ("updates", "batch", "eval_every"):
         check_int("rilq", name, settings[name], 1)
     check_int("rilq", "patience", settings["patience"], 0)
     for name in ("alpha", "lr", "weight_decay", "model_weight", "token_weight"):
@@ -117,10 +119,14 @@ def _check(settings: dict[str, Any]) -> None:
     check_choice("rilq", "decay", settings["decay"], ("cosine", "constant"))
     check_choice("rilq", "target", settings["target"], ("post_norm", "pre_norm", "logits"))
     check_choice("rilq", "dtype", settings["dtype"], ("float16", "float32"))
-    if settings["batch"] % settings["accumulate"]:
+    accumulate = settings["accumulate"]
+    if accumulate is None:
+        return
+    check_int("rilq", "accumulate", accumulate, 1)
+    if settings["batch"] % accumulate:
         raise InputError(
-            f"rilq: batch={settings['batch']} does not divide into accumulate="
-            f"{settings['accumulate']} equal parts; choose a divisor"
+            f"rilq: batch={settings['batch']} does not divide into accumulate={accumulate} equal "
+            "parts; choose a divisor"
         )
 
 
@@ -133,24 +139,37 @@ def train_adapters(problem: ModelProblem, settings: dict[str, Any]) -> ModelSolu
     """
     init_key, order_key = jax.random.split(problem.key)
     params = map_linears(
-        problem.fns, problem.params, lambda leaf, n: _with_adapter(
-            leaf, settings["rank"], jax.random.fold_in(init_key, n)
-        )
-    )  # fmt: skip
+        problem.fns,
+        problem.params,
+        lambda leaf, n: _with_adapter(leaf, settings["rank"], jax.random.fold_in(init_key, n)),
+    )
     fitted = fit(
         problem.fns,
         params,
         make_objective(problem, settings),
         make_optimizer(settings),
-        Schedule(settings["updates"], settings["batch"], settings["accumulate"],
-                 settings["eval_every"], settings["patience"] or None),
+        _make_schedule(problem, settings),
         order_key,
         mesh=problem.mesh,
         session=problem.session,
-    )  # fmt: skip
+    )
     dtype = jnp.dtype(settings["dtype"])
     params = map_linears(problem.fns, fitted.params, lambda leaf, _: _stored(leaf, dtype))
     return ModelSolution(params, fitted.history, fitted.best_update, fitted.notes)
+
+
+def _make_schedule(problem: ModelProblem, settings: dict[str, Any]) -> Schedule:
+    accumulate = settings["accumulate"]
+    if accumulate is None:  # a mesh wants whole batches to split
+        length = problem.train.shape[1]
+        accumulate = 1 if problem.mesh else count_parts(settings["batch"], length)
+    return Schedule(
+        updates=settings["updates"],
+        batch=settings["batch"],
+        accumulate=accumulate,
+        eval_every=settings["eval_every"],
+        patience=settings["patience"] or None,
+    )
 
 
 def make_objective(problem: ModelProblem, settings: dict[str, Any]) -> Objective:

@@ -57,6 +57,14 @@ def make_problem(windows: int = 8, length: int = 16, seed: int = 0, **sizes) -> 
     return Problem(fns, {**dense, "blocks": blocks}, np.asarray(tokens), np.asarray(teacher))
 
 
+def make_plain_problem(windows: int = 8, length: int = 16, d: int = 64) -> Problem:
+    """Returns the same over `plain_fns`, two blocks, the teacher's answers drawn at random."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, VOCAB, (windows, length), np.int32)
+    teacher = random.standard_normal((windows, length, d), np.float32)
+    return Problem(plain_fns(), plain_params((2, 3), d), tokens, teacher)
+
+
 def compress(fns: ModelFns, segment: Params, bits: int, key: jax.Array) -> Params:
     """Rounds every linear of a stack of blocks and gives it an adapter, both halves not zero."""
     for number, path in enumerate(fns.linears):

@@ -1,0 +1,182 @@
+"""A mesh changes where arrays live and nothing else."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from lqec_jax.core.tree import get_at
+from lqec_jax.errors import InputError
+from lqec_jax.models.decoder import init_params, model_fns
+from lqec_jax.train import fit as fitting
+from lqec_jax.train.fit import Schedule, fit
+from lqec_jax.train.sharding import make_mesh, param_shardings
+from lqec_jax.train.update import TrainState, make_update
+from tests.train.tiny import adapters, compress, make_config, make_plain_problem, make_problem
+
+UPDATES, BATCH = 3, 4
+
+
+class Run(NamedTuple):
+    first: TrainState
+    last: TrainState
+    shardings: Any
+    losses: list[float]
+    traces: int
+    program: str
+
+
+def run_updates(problem, mesh, accumulate: int = 1) -> Run:
+    """Does a few updates and keeps what there is to say of them."""
+    traces = []
+
+    def loss(params, batch):
+        traces.append(None)
+        return problem.loss(params, batch)
+
+    optimizer = optax.adam(1e-2)
+    state, shardings, _ = fitting._place(problem.fns, problem.params, optimizer, "adapters", mesh)
+    update = make_update(loss, optimizer, accumulate=accumulate, state_sharding=shardings)
+    first, losses = state, []
+    for number in range(UPDATES):
+        batch = fitting._on_devices(problem.batch(number + np.arange(BATCH)), mesh)
+        state, metrics = update(state, batch)
+        losses.append(float(metrics["loss"]))
+    count = len(traces)
+    program = update.lower(state, batch).compile().as_text()
+    return Run(first, state, shardings, losses, count, program)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(layers=2)
+
+
+@pytest.fixture(scope="module")
+def alone(problem):
+    return run_updates(problem, None)
+
+
+@pytest.fixture(scope="module")
+def spread(problem):
+    return run_updates(problem, make_mesh(data=2, model=2))
+
+
+def test_four_devices_give_the_result_of_one(alone, spread):
+    np.testing.assert_allclose(spread.losses, alone.losses, atol=1e-5)
+    assert alone.losses[2] < alone.losses[0]
+    for came, wanted in zip(adapters(spread.last.train), adapters(alone.last.train), strict=True):
+        np.testing.assert_allclose(came, wanted, atol=1e-5)
+
+
+def shard_shapes(state: TrainState, path: str) -> tuple:
+    leaf = get_at(state.params["blocks"][0], f"{path}/kernel")
+    arrays = (leaf.base.codes, leaf.base.scales, leaf.base.zeros, *jax.tree.leaves(leaf.corrections))
+    return tuple(array.addressable_shards[0].data.shape for array in arrays)
+
+
+def test_packed_arrays_are_split_with_the_weight_they_stand_for(spread):
+    # Whole: codes [2, 4, 64], scales [2, 2, 64], zeros [2, 2, 4], a [2, 64, 4], b [2, 4, 64].
+    assert shard_shapes(spread.last, "attn/q") == (
+        (2, 4, 32), (2, 2, 32), (2, 2, 2), (2, 64, 4), (2, 4, 32),
+    )  # fmt: skip
+    assert shard_shapes(spread.last, "attn/o") == (
+        (2, 2, 64), (2, 1, 64), (2, 1, 4), (2, 32, 4), (2, 4, 64),
+    )  # fmt: skip
+
+
+def test_moments_are_split_like_what_they_belong_to(spread):
+    moments = spread.last.opt_state[0].mu
+    q = get_at(moments["blocks"][0], "attn/q/kernel").corrections[0]
+    assert q.b.addressable_shards[0].data.shape == (2, 4, 32)
+    assert q.b.sharding.spec == PartitionSpec(None, None, "model")
+
+
+def test_windows_are_split_over_data(problem):
+    mesh = make_mesh(data=2, model=2)
+    batch = fitting._on_devices(problem.batch(np.arange(BATCH)), mesh)
+    assert batch["tokens"].addressable_shards[0].data.shape == (BATCH // 2, 16)
+    odd = fitting._on_devices(problem.batch(np.arange(3)), mesh)
+    assert odd["tokens"].addressable_shards[0].data.shape == (3, 16)
+
+
+@pytest.mark.parametrize("name", ["alone", "spread"])
+def test_an_update_consumes_its_state(name, request):
+    run = request.getfixturevalue(name)
+    consumed = jax.tree.leaves((run.first.train, run.first.frozen, run.first.opt_state))
+    assert len(consumed) > 50
+    assert all(array.is_deleted() for array in consumed)
+
+
+def test_an_update_is_traced_once_and_leaves_arrays_where_they_were(spread):
+    assert spread.traces == 1
+    came = jax.tree.map(lambda array: array.sharding, spread.last)
+    assert jax.tree.leaves(came) == jax.tree.leaves(spread.shardings)
+
+
+def test_devices_exchange_activations_but_no_weights(spread):
+    assert " all-reduce(" in spread.program
+    assert not any(f" {name}(" in spread.program for name in ("all-gather", "all-to-all"))
+
+
+def test_parts_of_a_batch_lie_on_all_devices():
+    # A part that lay on one device would be worked on by both.
+    problem = make_plain_problem()
+    mesh = make_mesh(data=2)
+
+    def flops(accumulate: int) -> float:
+        optimizer = optax.sgd(1e-2)
+        state, shardings, _ = fitting._place(
+            problem.fns, problem.params, optimizer, "adapters", mesh
+        )
+        batch = fitting._on_devices(problem.batch(np.arange(8)), mesh)
+        update = make_update(
+            problem.loss, optimizer, accumulate=accumulate, state_sharding=shardings
+        )
+        # The body of a loop is counted once.
+        return update.lower(state, batch).compile().cost_analysis()["flops"]
+
+    assert flops(2) < 0.7 * flops(1)
+
+
+def test_what_would_straddle_two_devices_is_held_whole():
+    # 96 inputs are 3 runs of 32 codes, and 32 outputs are one run of 32 zeros.
+    config = make_config(d_ff=96, kv_heads=2)
+    fns, key = model_fns(config), jax.random.key(0)
+
+    def make():
+        params = init_params(config, key)
+        return {**params, "blocks": (compress(fns, params["blocks"][0], 2, key),)}
+
+    shardings, notes = param_shardings(fns, jax.eval_shape(make), make_mesh(model=2))
+    assert sorted(note.split()[0] for note in notes) == ["attn/k", "attn/v", "mlp/down"]
+    assert "d_in=96 is not a multiple of 2 devices x 32" in "".join(notes)
+    block = shardings["blocks"][0]
+    whole = {s.spec for s in jax.tree.leaves(get_at(block, "mlp/down/kernel"))}
+    assert whole == {PartitionSpec()}
+    split = get_at(block, "mlp/gate/kernel").base.codes
+    assert split.spec == PartitionSpec(None, None, "model")
+
+
+def test_too_many_devices_are_refused():
+    with pytest.raises(InputError, match="data=4 x model=2 needs 8 devices; 4 are here"):
+        make_mesh(data=4, model=2)
+
+
+def test_fit_on_a_mesh_gives_the_result_of_one_device():
+    problem = make_plain_problem()
+    schedule = Schedule(updates=6, batch=4, accumulate=2, eval_every=2)
+
+    def run(mesh):
+        return fit(problem.fns, problem.params, problem.objective(val=3), optax.adam(1e-2),
+                   schedule, jax.random.key(3), mesh=mesh)  # fmt: skip
+
+    alone, spread = run(None), run(make_mesh(data=2, model=2))
+    assert alone.best_update == spread.best_update == 6
+    for came, wanted in zip(spread.history, alone.history, strict=True):
+        np.testing.assert_allclose(came.val_loss, wanted.val_loss, atol=1e-5)
+    for came, wanted in zip(adapters(spread.params), adapters(alone.params), strict=True):
+        np.testing.assert_allclose(came, wanted, atol=1e-5)
