@@ -14,12 +14,13 @@ from lqec_jax.calibration.data import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.tree import stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
-from lqec_jax.driver import Driver, apply_steps
+from lqec_jax.driver import Driver
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
 from lqec_jax.evaluate.report import build_report
 from lqec_jax.io.artifact import is_artifact, load_artifact, save_artifact, write_artifact
 from lqec_jax.io.run import Run, check_run
+from lqec_jax.linear_steps import apply_steps
 from lqec_jax.models.model import Model
 from lqec_jax.prepare import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
 from lqec_jax.recipe import Recipe, parse_recipe

@@ -13,11 +13,12 @@ import numpy as np
 from lqec_jax.calibration.data import check_tokens, cut_windows, load_tokens, split_windows
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.tree import unstack_blocks
-from lqec_jax.driver import Source, Text, preview
+from lqec_jax.driver import Source, Text
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact import is_artifact
 from lqec_jax.io.hf import Checkpoint, check_tensors, check_values, read_block, read_outer
 from lqec_jax.io.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.linear_steps import preview
 from lqec_jax.models import families
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model

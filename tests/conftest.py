@@ -1,4 +1,4 @@
-"""Four simulated devices, a compilation cache, `--slow`, and the folder of real models and texts."""
+"""Four simulated devices, a compilation cache, `--slow`, and where real models and texts lie."""
 
 import os
 from pathlib import Path
@@ -21,8 +21,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # JAX writes an entry in place and locks nothing: processes that share a folder may read half of
     # one. So each worker has its own, and an entry that a killed run left unfinished is no failure.
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))
+    if hasattr(config, "cache"):
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))
     config.addinivalue_line(
         "filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning"
     )

@@ -33,6 +33,7 @@ LADDER = (
     {"train"},
     {"quantizers", "sparsifiers", "compensation", "models", "calibration"},
     {"io", "evaluate", "recipe", "methods"},
+    {"linear_steps"},
     {"driver"},
     {"api", "prepare", "demo", "config"},
     {"cli"},

@@ -16,13 +16,12 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.cli import main
 from lqec_jax.errors import InputError
+from lqec_jax.io.run import Run
 from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, write_checkpoint, write_tokens
 
 # The clip search reads the student's stream, so a stream that was not kept would change the codes.
-RECIPE = (
-    "rtn(bits=2, group_size=32, clip_search='output') | "
-    "rilq(rank=2, updates=40, batch=4, eval_every=5, patience=0, lr=0.003)"
-)
+STREAMED = "rtn(bits=2, group_size=32, clip_search='output')"
+TRAINED = f"{STREAMED} | rilq(rank=2, updates=40, batch=4, eval_every=5, patience=0, lr=0.003)"
 WEIGHTS = "model.safetensors"
 
 KILLED = """
@@ -30,121 +29,154 @@ import os, runpy, signal, sys
 from lqec_jax import driver
 from lqec_jax.io.run import Run
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def before(owner, name, hit):
+def kill_before(owner, name, hit):
     inner = getattr(owner, name)
     def patched(*arguments, **named):
         if hit(*arguments, **named):
-            kill()
+            os.kill(os.getpid(), signal.SIGKILL)
         return inner(*arguments, **named)
     setattr(owner, name, patched)
 
-{patch}
+kill_before({patch})
 runpy.run_module("lqec_jax", run_name="__main__", alter_sys=True)
 """
 
-MOMENTS = {
-    # The teacher's stream has passed block 3, the student's has not.
-    "in block 3": "before(driver.Driver, '_advance', lambda self, name, layer, block: "
-    "(name, layer) == ('student', 3))",
-    "block 3 saved, not committed": "before(Run, 'commit', lambda run, **c: c.get('blocks') == 4)",
-    "in update 30": "before(driver._Session, 'progress', lambda self, done, *_: done == 30)",
-    "artifact written, not renamed": "before(Run, 'finish', lambda run, artifact: True)",
-}
+# The teacher's stream has passed block 3, the student's has not.
+IN_BLOCK = "driver.Driver, '_advance', lambda _, name, layer, __: (name, layer) == ('student', 3)"
+BEFORE_COMMIT = "Run, 'commit', lambda _, **changes: changes.get('blocks') == 4"
+IN_UPDATE = "driver._Session, 'progress', lambda _, done, *__: done == 30"
+BEFORE_RENAME = "Run, 'finish', lambda *_: True"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, its text, and `whole`: the unbroken run."""
+    """A model, a text, and the unbroken runs `streamed` and `trained`."""
     folder = tmp_path_factory.mktemp("resume")
     write_checkpoint(folder / "model")
     write_tokens(folder / "calib.npy", 12)
-    assert main([*command(folder, "whole"), "--quiet"]) == 0
+    assert main([*command(folder, "streamed", STREAMED), "--quiet"]) == 0
+    assert main([*command(folder, "trained", TRAINED), "--quiet"]) == 0
     return folder
 
 
-def command(folder, out, recipe=RECIPE, calib="calib.npy"):
+def command(folder, out, recipe, calib="calib.npy"):
     words = ["compress", folder / "model", folder / out, "--recipe", recipe,
              "--calib", folder / calib, "--seqlen", SEQLEN, "--windows", 12]  # fmt: skip
     return [str(word) for word in words]
 
 
-def run_until_killed(folder, out, moment):
-    script = KILLED.format(patch=MOMENTS[moment])
+def kill(arguments, patch):
+    """Runs a command in a process of its own, which must die at the patched call."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
-        # How XLA splits a sum over threads, and so its last bits, depends on the devices there are.
+        # How XLA splits a sum over threads, and so its last bits, may depend on the devices.
         "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
     }
+    script = KILLED.format(patch=patch)
     done = subprocess.run(
-        [sys.executable, "-c", script, *command(folder, out)],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (folder / out).exists()
-    assert (folder / f"{out}.partial" / "state.json").is_file()
+    return done.stderr.splitlines()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_ends_in_the_same_bytes(moment, folder, capfd):
-    out = moment.replace(" ", "-").replace(",", "")
-    run_until_killed(folder, out, moment)
-    assert main([*command(folder, out), "--resume"]) == 0
-    assert hash_folder(folder / out)[WEIGHTS] == hash_folder(folder / "whole")[WEIGHTS]
-    assert not (folder / f"{out}.partial").exists()
-    check_taken_up(moment, capfd.readouterr().err.splitlines())
-    numbers = [lqec.load(folder / name).report for name in (out, "whole")]
-    assert numbers[0]["fits"] == numbers[1]["fits"]
-    assert [s["ppl"] for s in numbers[0]["stages"]] == [s["ppl"] for s in numbers[1]["stages"]]
+def first_of(task, lines):
+    return next((line for line in lines if line.startswith(f"{task}: ")), None)
 
 
-def check_taken_up(moment, lines):
-    """Checks by its progress that the second run began where the first was, not at the start."""
-    if moment == "artifact written, not renamed":
-        assert lines == ["calibration: 10 windows of 32 tokens, 2 more for validation"]
-    elif moment == "in update 30":
-        began = next(line for line in lines if line.startswith("rilq: "))
-        # Checkpoints are written in the background: the last one or two may not be whole.
-        assert began in {f"rilq: {done}/40" for done in (15, 20, 25)}
-        assert not any(line.startswith("rtn: ") for line in lines)
-    else:
-        assert "rtn: 3/5" in lines and "rtn: 0/5" not in lines
+def test_a_run_killed_three_times_ends_in_the_same_bytes(folder, capfd):
+    arguments = command(folder, "killed", TRAINED)
+    partial = folder / "killed.partial"
+    kill(arguments, IN_BLOCK)
+    assert not (partial / "phase-0" / "block-3.safetensors").exists()
+    lines = kill([*arguments, "--resume"], IN_UPDATE)
+    assert first_of("rtn", lines) == "rtn: 3/5"
+    lines = kill([*arguments, "--resume"], BEFORE_RENAME)
+    assert first_of("rtn", lines) is None
+    # Checkpoints are written in the background: the last one or two may not have been whole.
+    assert first_of("rilq", lines) in {f"rilq: {done}/40" for done in (15, 20, 25)}
+    assert not (folder / "killed").exists()
+    assert main([*arguments, "--resume"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["calibration: 10 windows of 32 tokens, 2 more for validation"]
+    assert not partial.exists()
+    check_equal(folder, "killed", "trained")
 
 
-def test_a_run_of_other_settings_is_refused_by_name_and_kept(folder, capfd):
-    run_until_killed(folder, "kept", "in block 3")
+def test_a_block_that_was_not_committed_is_made_again(folder, capfd):
+    arguments = command(folder, "uncommitted", STREAMED)
+    kill(arguments, BEFORE_COMMIT)
+    assert (folder / "uncommitted.partial" / "phase-0" / "block-3.safetensors").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert first_of("rtn", capfd.readouterr().err.splitlines()) == "rtn: 3/5"
+    check_equal(folder, "uncommitted", "streamed")
+
+
+def check_equal(folder, resumed, whole):
+    hashes = [hash_folder(folder / name)[WEIGHTS] for name in (resumed, whole)]
+    assert hashes[0] == hashes[1]
+    reports = [lqec.load(folder / name).report for name in (resumed, whole)]
+    assert reports[0]["fits"] == reports[1]["fits"]
+    assert reports[0]["linears"] == reports[1]["linears"]
+    numbers = [[(s["name"], s["ppl"], s["high"]) for s in r["stages"]] for r in reports]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.fixture
+def unfinished(folder, monkeypatch):
+    """The folder of a run that stopped before its fourth block."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        commit = Run.commit
+        patch.setattr(Run, "commit", lambda run, **changes: (
+            stop() if changes.get("blocks") == 4 else commit(run, **changes)
+        ))  # fmt: skip
+        assert main([*command(folder, "kept", STREAMED), "--quiet", "--overwrite"]) == 130
+    return folder / "kept.partial"
+
+
+def test_a_run_of_other_settings_is_refused_by_name_and_kept(folder, unfinished, capfd):
     write_tokens(folder / "other.npy", 12, seed=9)
-    before = hash_folder(folder / "kept.partial")
+    same, other = command(folder, "kept", STREAMED), str(folder / "other.npy")
     changes = {
-        "seed": [*command(folder, "kept"), "--seed", "1"],
-        "recipe": command(folder, "kept", recipe="rtn(bits=3, group_size=32)"),
-        "calibration": command(folder, "kept", calib="other.npy"),
-        "dtype": [*command(folder, "kept"), "--dtype", "bfloat16"],
-        "eval": [*command(folder, "kept"), "--eval", str(folder / "other.npy")],
+        "seed": [*same, "--seed", "1"],
+        "recipe": command(folder, "kept", "rtn(bits=3, group_size=32)"),
+        "calibration": command(folder, "kept", STREAMED, "other.npy"),
+        "dtype": [*same, "--dtype", "bfloat16"],
+        "eval": [*same, "--eval", other],
+        "mesh": [*same, "--mesh", "data=1"],
     }
+    before = hash_folder(unfinished)
+    capfd.readouterr()
     for name, arguments in changes.items():
         assert main([*arguments, "--resume"]) == 2
         err = capfd.readouterr().err
-        assert err.count("\n") == 1 and "was begun with other settings" in err
-        assert f"settings: {name} was " in err
-        assert hash_folder(folder / "kept.partial") == before
-    both = [*command(folder, "kept", recipe="rtn(bits=3, group_size=32)"), "--seed", "1"]
-    assert main([*both, "--resume"]) == 2
+        assert err.count("\n") == 1
+        assert f"was begun with other settings: {name} was " in err
+        assert hash_folder(unfinished) == before
+    assert main([*changes["recipe"], "--seed", "1", "--resume"]) == 2
     err = capfd.readouterr().err
-    assert "recipe was " in err and "; seed was 0, is 1;" in err
-    assert main(command(folder, "kept")) == 2
-    assert "holds an unfinished run" in capfd.readouterr().err
-    assert hash_folder(folder / "kept.partial") == before
+    assert "settings: recipe was " in err and "; seed was 0, is 1;" in err
+
+
+def test_a_run_is_neither_lost_nor_continued_unasked(folder, unfinished, capfd):
+    before = hash_folder(unfinished)
+    assert main(command(folder, "kept", STREAMED)) == 2
+    assert "holds an unfinished run; add --resume" in capfd.readouterr().err
+    assert hash_folder(unfinished) == before
+    assert main([*command(folder, "kept", STREAMED), "--overwrite"]) == 0
+    assert first_of("rtn", capfd.readouterr().err.splitlines()) == "rtn: 0/5"
+    check_equal(folder, "kept", "streamed")
+    assert not unfinished.exists()
 
 
 def test_there_must_be_something_to_resume(folder):
     tokens = np.load(folder / "calib.npy")
     with pytest.raises(InputError, match="there is no unfinished run at .*nothing.partial"):
-        lqec.compress(folder / "model", RECIPE, tokens, seqlen=SEQLEN, out=folder / "nothing",
+        lqec.compress(folder / "model", STREAMED, tokens, seqlen=SEQLEN, out=folder / "nothing",
                       resume=True)  # fmt: skip
     assert not (folder / "nothing.partial").exists()

@@ -291,7 +291,7 @@ def test_training_a_and_b_is_training_the_published_factors(
     settings = rilq(
         rank=rank, alpha=alpha, lr=lr, updates=updates, weight_decay=weight_decay, decay=decay
     ).arguments
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, width=64)
     params = {"w": CompressedLinear(Dense(w), (LowRank(a, alpha / rank * b),))}
     update = make_update(lambda p, x: (loss_of_y(linear(x, p["w"])), {}), optimizer)
     state = init_state(params, optimizer)

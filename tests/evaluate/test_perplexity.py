@@ -10,24 +10,28 @@ import pytest
 from lqec_jax.core.progress import Silent
 from lqec_jax.evaluate import perplexity as module
 from lqec_jax.evaluate.perplexity import divergence, perplexity, score_hidden, summarize
-from tests.train.tiny import VOCAB, plain_fns, plain_params
+from tests.train.tiny import VOCAB, plain_fns
 
 D, WINDOWS, LENGTH = 32, 5, 12
 FNS = plain_fns()
-SHARPNESS = 3  # logits far enough apart that a model prefers something
+SHARPNESS = 3  # puts logits far enough apart that a model prefers something
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (WINDOWS, LENGTH)).astype(np.int32)
+
+
+def draw(shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = plain_params((2, 3), D)
-    return {**params, "head": SHARPNESS * params["head"]}
+    kernel, head = draw((2, D, D), 1) / D**0.5, SHARPNESS * draw((D, VOCAB), 2) / D**0.5
+    return {"embed": draw((VOCAB, D), 3), "blocks": ({"mix": {"kernel": kernel}},), "head": head}
 
 
 @pytest.fixture(scope="module")
 def student(params):
-    noise = jax.random.normal(jax.random.key(5), params["embed"].shape)
-    return {**params, "embed": params["embed"] + 0.3 * noise}
+    embed = params["embed"] + 0.3 * draw((VOCAB, D), 4)
+    return {**params, "embed": embed, "head": params["head"] / 2}
 
 
 def log_probs(params):
@@ -52,8 +56,12 @@ class Recorder(Silent):
 
 
 def split(monkeypatch, windows):
-    """Lets a batch hold so many windows; a vocabulary counts at least 1024."""
-    monkeypatch.setattr(module, "BATCH_ELEMENTS", windows * LENGTH * 1024)
+    """Lets a batch hold so many windows; a vocabulary counts as 1024 at least."""
+    monkeypatch.setattr(module, "BATCH_ELEMENTS", int(windows * LENGTH * 1024))
+
+
+def numbers(score):
+    return {name: value for name, value in vars(score).items() if name != "protocol"}
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(params):
@@ -77,11 +85,10 @@ def test_perplexity_is_of_tokens_after_the_first_and_its_interval_of_window_mean
     assert (score.tokens, score.windows) == (WINDOWS * (LENGTH - 1), WINDOWS)
 
 
-@pytest.mark.parametrize("windows, steps", [(0.5, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+@pytest.mark.parametrize("windows, steps", [(0.5, [1, 2, 3, 4, 5]), (2, [2, 4, 5])])
 def test_how_windows_are_batched_changes_no_number(monkeypatch, params, student, windows, steps):
     whole = perplexity(FNS, params, TOKENS), divergence((FNS, params), (FNS, student), TOKENS)
     split(monkeypatch, windows)
-    monkeypatch.setattr(module, "BATCH_ELEMENTS", int(module.BATCH_ELEMENTS))
     recorder = Recorder()
     cut = (
         perplexity(FNS, params, TOKENS, reporter=recorder),
@@ -89,7 +96,7 @@ def test_how_windows_are_batched_changes_no_number(monkeypatch, params, student,
     )
     assert recorder.told == [("perplexity", 5), *steps, ("divergence", 5), *steps]
     for a, b in zip(whole, cut, strict=True):
-        assert vars(a) == pytest.approx(vars(b), rel=1e-6)
+        assert numbers(a) == pytest.approx(numbers(b), rel=1e-6)
 
 
 def test_the_last_hidden_state_scores_as_the_whole_model(monkeypatch, params, tmp_path):
@@ -99,7 +106,9 @@ def test_the_last_hidden_state_scores_as_the_whole_model(monkeypatch, params, tm
     stored[:] = pre_norm
     blockless = {name: value for name, value in params.items() if name != "blocks"}
     score = score_hidden(FNS, blockless, stored, TOKENS, "text")
-    assert vars(score) == pytest.approx(vars(perplexity(FNS, params, TOKENS, "text")), rel=1e-6)
+    whole = perplexity(FNS, params, TOKENS, "text")
+    assert numbers(score) == pytest.approx(numbers(whole), rel=1e-6)
+    assert score.protocol == whole.protocol
 
 
 def test_losses_become_a_perplexity_by_its_formula():
@@ -138,6 +147,5 @@ def test_divergence_is_of_the_teachers_distribution(params, student):
 
 def test_the_protocol_carries_the_length(params, student):
     assert perplexity(FNS, params, TOKENS).protocol == f"tokens/{LENGTH}"
-    assert perplexity(FNS, params, TOKENS[:, :8], "wikitext").protocol == "wikitext/8"
     came = divergence((FNS, params), (FNS, student), TOKENS[:, :8], "wikitext")
     assert (came.protocol, came.tokens) == ("wikitext/8", WINDOWS * 7)

@@ -10,12 +10,12 @@ from jax.sharding import PartitionSpec
 
 from lqec_jax.core.tree import get_at
 from lqec_jax.errors import InputError
-from lqec_jax.models.decoder import init_params, model_fns
+from lqec_jax.models.decoder import model_fns
 from lqec_jax.train import fit as fitting
 from lqec_jax.train.fit import Schedule, fit
 from lqec_jax.train.sharding import make_mesh, param_shardings
 from lqec_jax.train.update import TrainState, make_update
-from tests.train.tiny import adapters, compress, make_config, make_plain_problem, make_problem
+from tests.train.tiny import adapters, draw_decoder, make_config, make_plain_problem, make_problem
 
 UPDATES, BATCH = 3, 4
 
@@ -26,10 +26,10 @@ class Run(NamedTuple):
     shardings: Any
     losses: list[float]
     traces: int
-    program: str
+    program: str | None
 
 
-def run_updates(problem, mesh, accumulate: int = 1) -> Run:
+def run_updates(problem, mesh) -> Run:
     """Does a few updates and keeps what there is to say of them."""
     traces = []
 
@@ -39,14 +39,14 @@ def run_updates(problem, mesh, accumulate: int = 1) -> Run:
 
     optimizer = optax.adam(1e-2)
     state, shardings, _ = fitting._place(problem.fns, problem.params, optimizer, "adapters", mesh)
-    update = make_update(loss, optimizer, accumulate=accumulate, state_sharding=shardings)
+    update = make_update(loss, optimizer, state_sharding=shardings)
     first, losses = state, []
     for number in range(UPDATES):
         batch = fitting._on_devices(problem.batch(number + np.arange(BATCH)), mesh)
         state, metrics = update(state, batch)
         losses.append(float(metrics["loss"]))
     count = len(traces)
-    program = update.lower(state, batch).compile().as_text()
+    program = mesh and update.lower(state, batch).compile().as_text()
     return Run(first, state, shardings, losses, count, program)
 
 
@@ -74,7 +74,12 @@ def test_four_devices_give_the_result_of_one(alone, spread):
 
 def shard_shapes(state: TrainState, path: str) -> tuple:
     leaf = get_at(state.params["blocks"][0], f"{path}/kernel")
-    arrays = (leaf.base.codes, leaf.base.scales, leaf.base.zeros, *jax.tree.leaves(leaf.corrections))
+    arrays = (
+        leaf.base.codes,
+        leaf.base.scales,
+        leaf.base.zeros,
+        *jax.tree.leaves(leaf.corrections),
+    )
     return tuple(array.addressable_shards[0].data.shape for array in arrays)
 
 
@@ -124,40 +129,26 @@ def test_devices_exchange_activations_but_no_weights(spread):
 
 def test_parts_of_a_batch_lie_on_all_devices():
     # A part that lay on one device would be worked on by both.
-    problem = make_plain_problem()
-    mesh = make_mesh(data=2)
-
-    def flops(accumulate: int) -> float:
-        optimizer = optax.sgd(1e-2)
-        state, shardings, _ = fitting._place(
-            problem.fns, problem.params, optimizer, "adapters", mesh
-        )
-        batch = fitting._on_devices(problem.batch(np.arange(8)), mesh)
-        update = make_update(
-            problem.loss, optimizer, accumulate=accumulate, state_sharding=shardings
-        )
-        # The body of a loop is counted once.
-        return update.lower(state, batch).compile().cost_analysis()["flops"]
-
-    assert flops(2) < 0.7 * flops(1)
+    problem, optimizer, mesh = make_plain_problem(d=32), optax.sgd(1e-2), make_mesh(data=2)
+    state, shardings, _ = fitting._place(problem.fns, problem.params, optimizer, "adapters", mesh)
+    batch = fitting._on_devices(problem.batch(np.arange(8)), mesh)
+    update = make_update(problem.loss, optimizer, accumulate=4, state_sharding=shardings)
+    program = update.lower(state, batch).compile().as_text()
+    assert "f32[1,16,32]" in program and "f32[2,16,32]" not in program
 
 
 def test_what_would_straddle_two_devices_is_held_whole():
-    # 96 inputs are 3 runs of 32 codes, and 32 outputs are one run of 32 zeros.
+    # 96 inputs are 3 runs of 32 codes, 96 outputs 3 runs of 32 zeros, 32 outputs one.
     config = make_config(d_ff=96, kv_heads=2)
-    fns, key = model_fns(config), jax.random.key(0)
-
-    def make():
-        params = init_params(config, key)
-        return {**params, "blocks": (compress(fns, params["blocks"][0], 2, key),)}
-
-    shardings, notes = param_shardings(fns, jax.eval_shape(make), make_mesh(model=2))
-    assert sorted(note.split()[0] for note in notes) == ["attn/k", "attn/v", "mlp/down"]
+    params = draw_decoder(config, (2,))
+    shardings, notes = param_shardings(model_fns(config), params, make_mesh(model=2))
+    named = sorted(note.split()[0] for note in notes)
+    assert named == ["attn/k", "attn/v", "mlp/down", "mlp/gate", "mlp/up"]
     assert "d_in=96 is not a multiple of 2 devices x 32" in "".join(notes)
     block = shardings["blocks"][0]
     whole = {s.spec for s in jax.tree.leaves(get_at(block, "mlp/down/kernel"))}
     assert whole == {PartitionSpec()}
-    split = get_at(block, "mlp/gate/kernel").base.codes
+    split = get_at(block, "attn/q/kernel").base.codes
     assert split.spec == PartitionSpec(None, None, "model")
 
 
@@ -171,11 +162,11 @@ def test_fit_on_a_mesh_gives_the_result_of_one_device():
     schedule = Schedule(updates=6, batch=4, accumulate=2, eval_every=2)
 
     def run(mesh):
-        return fit(problem.fns, problem.params, problem.objective(val=3), optax.adam(1e-2),
+        return fit(problem.fns, problem.params, problem.objective(val=4), optax.adam(1e-3),
                    schedule, jax.random.key(3), mesh=mesh)  # fmt: skip
 
     alone, spread = run(None), run(make_mesh(data=2, model=2))
-    assert alone.best_update == spread.best_update == 6
+    assert alone.best_update == spread.best_update > 0
     for came, wanted in zip(spread.history, alone.history, strict=True):
         np.testing.assert_allclose(came.val_loss, wanted.val_loss, atol=1e-5)
     for came, wanted in zip(adapters(spread.params), adapters(alone.params), strict=True):

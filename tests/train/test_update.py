@@ -14,7 +14,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.train import update as module
 from lqec_jax.train.update import TrainState, init_state, make_update
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
-from tests.train.tiny import Problem, adapters, make_problem
+from tests.train.tiny import Problem, adapters, make_plain_problem
 
 UPDATES = 3
 
@@ -25,7 +25,10 @@ def as_bytes(tree) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return make_problem(length=8, d=32, d_ff=64)
+    problem = make_plain_problem(length=7, d=32)
+    # One block is enough. Arrays of the device, as a user's are, could be taken from their owner.
+    params = {**problem.params, "blocks": problem.params["blocks"][:1]}
+    return problem._replace(params=jax.tree.map(jnp.array, params))
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,9 @@ def test_the_package_offers_it():
 def test_float16_adapters_are_trained_in_float32(problem):
     state = init_state(problem.params, optax.adam(1e-3))
     given = partition(problem.params)[0]
-    assert {leaf.dtype for leaf in jax.tree.leaves(given)} == {jnp.float16}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.train)} == {jnp.float32}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state[0].mu)} == {jnp.float32}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(given)} == {"float16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.train)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.opt_state[0].mu)} == {"float32"}
     for came, wanted in zip(adapters(state.params), adapters(problem.params), strict=True):
         np.testing.assert_array_equal(came, wanted)
     assert as_bytes(state.frozen) == as_bytes(partition(problem.params)[1])
@@ -122,8 +125,8 @@ def test_what_is_not_trained_keeps_its_bits(problem, ran):
     is_compressed = lambda node: isinstance(node, CompressedLinear)  # noqa: E731
     leaves = jax.tree.leaves(ran.last.params, is_leaf=is_compressed)
     bases = [leaf.base for leaf in leaves if is_compressed(leaf)]
-    assert len(bases) == 7
-    assert {base.codes.dtype for base in bases} == {jnp.uint32}
+    assert len(bases) == 1
+    assert {str(base.codes.dtype) for base in bases} == {"uint32"}
     for before, after in zip(adapters(problem.params), adapters(ran.last.params), strict=True):
         assert np.abs(after - before).max() > 1e-4
 

@@ -1,20 +1,23 @@
-"""A decoder small enough to train in a test: quantized, with adapters, beside its teacher's answers."""
+"""Models small enough to train in a test: packed weights with adapters, beside a teacher's answers.
+
+Everything is drawn by numpy, because compiling a hundred small programs takes longer than any test.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lqec_kernels.formats import CompressedLinear, LowRank
 
 from lqec_jax.core.linear import linear
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import init_params, model_fns
-from lqec_jax.quantizers.rtn import quantize
 from lqec_jax.train.fit import Objective
 from lqec_jax.train.losses import rilq_terms
+from lqec_kernels.formats import Affine, CompressedLinear, LowRank
+from lqec_kernels.packing import words_for
 
 GROUP, RANK, VOCAB = 32, 4, 64
 
@@ -45,44 +48,72 @@ def make_config(layers: int = 2, d: int = 64, d_ff: int = 128, **changes) -> Mod
     return ModelConfig(family="llama", d_model=d, d_ff=d_ff, layers=layers, **(sizes | changes))
 
 
-def make_problem(windows: int = 8, length: int = 16, seed: int = 0, **sizes) -> Problem:
-    """Quantizes a random decoder to 2 bits and lets it answer beside the dense one."""
+def make_problem(windows: int = 8, length: int = 16, **sizes) -> Problem:
+    """Returns a decoder of 2-bit weights, its windows, and answers to come near to."""
     config = make_config(**sizes)
-    fns = model_fns(config)
-    dense_key, adapter_key, token_key = jax.random.split(jax.random.key(seed), 3)
-    dense = init_params(config, dense_key)
-    tokens = jax.random.randint(token_key, (windows, length), 0, config.vocab_size)
-    teacher = jax.jit(fns.hidden)(dense, tokens)[0]
-    blocks = tuple(compress(fns, segment, 2, adapter_key) for segment in dense["blocks"])
-    return Problem(fns, {**dense, "blocks": blocks}, np.asarray(tokens), np.asarray(teacher))
+    return _with_windows(model_fns(config), draw_decoder(config, (2,)), windows, length)
 
 
 def make_plain_problem(windows: int = 8, length: int = 16, d: int = 64) -> Problem:
-    """Returns the same over `plain_fns`, two blocks, the teacher's answers drawn at random."""
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, VOCAB, (windows, length), np.int32)
-    teacher = random.standard_normal((windows, length, d), np.float32)
-    return Problem(plain_fns(), plain_params((2, 3), d), tokens, teacher)
+    """Returns the same over `plain_fns`, two blocks of 2 and 3 bits."""
+    return _with_windows(plain_fns(), draw_plain((2, 3), d), windows, length)
 
 
-def compress(fns: ModelFns, segment: Params, bits: int, key: jax.Array) -> Params:
-    """Rounds every linear of a stack of blocks and gives it an adapter, both halves not zero."""
-    for number, path in enumerate(fns.linears):
-        w = get_at(segment, f"{path}/kernel")
-        layers, d_in, d_out = w.shape
-        base = jax.vmap(lambda w: quantize(w, bits, GROUP))(w)
-        a_key, b_key = jax.random.split(jax.random.fold_in(key, number))
-        a = jax.random.normal(a_key, (layers, d_in, RANK), jnp.float16) / RANK
-        b = jax.random.normal(b_key, (layers, RANK, d_out), jnp.float16) / 30
-        segment = set_at(segment, f"{path}/kernel", CompressedLinear(base, (LowRank(a, b),)))
-    return segment
+def _with_windows(fns: ModelFns, params: Params, windows: int, length: int) -> Problem:
+    """Adds windows that count upwards, and embeddings as answers: both can be learned."""
+    first = np.random.default_rng(0).integers(0, VOCAB, (windows, 1), np.int32)
+    tokens = (first + np.arange(length, dtype=np.int32)) % VOCAB
+    embedding = jax.tree.leaves(params["embed"])[0]
+    return Problem(fns, params, tokens, embedding[tokens])
 
 
-def adapters(params: Params) -> list[np.ndarray]:
-    """Returns every adapter's arrays."""
-    is_adapter = lambda node: isinstance(node, LowRank)  # noqa: E731
-    found = [n for n in jax.tree.leaves(params, is_leaf=is_adapter) if is_adapter(n)]
-    return [np.asarray(array, np.float32) for array in jax.tree.leaves(found)]
+def draw_decoder(config: ModelConfig, bits: tuple[int, ...]) -> Params:
+    """Draws a decoder's parameters; its blocks are as many segments as `bits` has entries."""
+    fns, random = model_fns(config), np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    block, layers = shapes["blocks"][0], config.layers // len(bits)
+
+    def draw_segment(b: int) -> Params:
+        segment = jax.tree.map(lambda s: np.ones((layers, *s.shape[1:]), np.float32), block)
+        for path in fns.linears:
+            d_in, d_out = _kernel_shape(block, path)
+            leaf = draw_linear(random, b, layers, d_in, d_out)
+            segment = set_at(segment, f"{path}/kernel", leaf)
+        return segment
+
+    d, vocab = config.d_model, config.vocab_size
+    return {
+        "embed": {"embedding": _normal(random, vocab, d, scale=d**-0.5)},
+        "blocks": tuple(draw_segment(b) for b in bits),
+        "norm": {"scale": np.ones(d, np.float32)},
+        "head": {"kernel": _normal(random, d, vocab, scale=d**-0.5)},
+    }
+
+
+def _kernel_shape(block: Params, path: str) -> tuple[int, int]:
+    for key in path.split("/"):
+        block = block[key]
+    return block["kernel"].shape[-2:]
+
+
+def draw_linear(random, bits: int, layers: int, d_in: int, d_out: int) -> CompressedLinear:
+    """Draws a stack of weights of variance about 1 / d_in; any words are codes."""
+    groups = d_in // GROUP
+    words = lambda *shape: random.integers(0, 2**32, (layers, *shape), np.uint32)  # noqa: E731
+    scales = (0.5 + random.random((layers, groups, d_out))) * d_in**-0.5 * 2.0 ** (1 - bits)
+    base = Affine(
+        codes=words(words_for(d_in, bits), d_out),
+        scales=scales.astype(np.float16),
+        zeros=words(groups, words_for(d_out, bits)),
+        bits=bits, group_size=GROUP, d_in=d_in,
+    )  # fmt: skip
+    a = _normal(random, layers, d_in, RANK, scale=0.25).astype(np.float16)
+    b = _normal(random, layers, RANK, d_out, scale=0.03).astype(np.float16)
+    return CompressedLinear(base, (LowRank(a, b),))
+
+
+def _normal(random, *shape: int, scale: float) -> np.ndarray:
+    return scale * random.standard_normal(shape, np.float32)
 
 
 def plain_fns(remat: bool = False) -> ModelFns:
@@ -95,8 +126,11 @@ def plain_fns(remat: bool = False) -> ModelFns:
     def norm(params: Params, h: jax.Array) -> jax.Array:
         return h / jnp.sqrt(1 + jnp.mean(jnp.square(h), axis=-1, keepdims=True))
 
+    def embed(params: Params, tokens: jax.Array) -> jax.Array:
+        return params["embed"][tokens]
+
     def hidden(params: Params, tokens: jax.Array):
-        h = params["embed"][tokens]
+        h = embed(params, tokens)
         step = lambda h, block_params: (block(block_params, h)[0], None)  # noqa: E731
         for segment in params["blocks"]:
             h, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, h, segment)
@@ -109,20 +143,21 @@ def plain_fns(remat: bool = False) -> ModelFns:
         return post_norm @ kernel
 
     return ModelFns(
-        embed=lambda params, tokens: params["embed"][tokens],
-        block=block, hidden=hidden, head=head, linear_groups=(("mix",),), norm=norm,
+        embed=embed, block=block, hidden=hidden, head=head, linear_groups=(("mix",),), norm=norm,
         vocab_size=VOCAB,
     )  # fmt: skip
 
 
-def plain_params(bits: tuple[int, ...], d: int) -> Params:
-    """Returns parameters for `plain_fns`: a segment of one block for each entry of `bits`."""
-    embed_key, head_key, block_key = jax.random.split(jax.random.key(1), 3)
-    segments = []
-    for number, b in enumerate(bits):
-        key = jax.random.fold_in(block_key, number)
-        segment = {"mix": {"kernel": jax.random.normal(key, (1, d, d)) / d**0.5}}
-        segments.append(compress(plain_fns(), segment, b, key))
-    embed = jax.random.normal(embed_key, (VOCAB, d))
-    head = jax.random.normal(head_key, (d, VOCAB)) / d**0.5
-    return {"embed": embed, "blocks": tuple(segments), "head": head}
+def draw_plain(bits: tuple[int, ...], d: int) -> Params:
+    """Draws parameters for `plain_fns`: a segment of one block for each entry of `bits`."""
+    random = np.random.default_rng(1)
+    blocks = tuple({"mix": {"kernel": draw_linear(random, b, 1, d, d)}} for b in bits)
+    embed, head = _normal(random, VOCAB, d, scale=1.0), _normal(random, d, VOCAB, scale=d**-0.5)
+    return {"embed": embed, "blocks": blocks, "head": head}
+
+
+def adapters(params: Params) -> list[np.ndarray]:
+    """Returns every adapter's arrays."""
+    is_adapter = lambda node: isinstance(node, LowRank)  # noqa: E731
+    found = [n for n in jax.tree.leaves(params, is_leaf=is_adapter) if is_adapter(n)]
+    return [np.asarray(array, np.float32) for array in jax.tree.leaves(found)]

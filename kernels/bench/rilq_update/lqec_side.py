@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict:
     settings = {"target": "post_norm", "model_weight": 0.5, "token_weight": 0.5, "alpha": ALPHA,
                 "lr": args.lr, "decay": "constant", "weight_decay": 0.0}  # fmt: skip
     problem = ModelProblem(fns, params, teacher, windows, windows[:0], jax.random.key(0))
-    objective, optimizer = make_objective(problem, settings), make_optimizer(settings)
+    objective, optimizer = make_objective(problem, settings), make_optimizer(settings, width=128)
     update = make_update(objective.loss, optimizer, accumulate=args.accumulate)
     state = init_state(params, optimizer)
     wall, cpu, losses = [], [], []

@@ -1,0 +1,100 @@
+"""Linear steps applied to one weight: for real, with a report, or on shapes alone."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lqec_jax.core.types import LinearProblem, LinearStats, ModelFns, Step, weight_error
+from lqec_jax.errors import InputError
+from lqec_jax.recipe import Recipe
+from lqec_kernels.formats import CompressedLinear, Dense
+
+
+def apply_steps(
+    name: str, steps: Sequence[Step], problem: LinearProblem, leaf: CompressedLinear
+) -> tuple[CompressedLinear, dict]:
+    """Runs linear steps on one weight.
+
+    Returns:
+      The compressed weight and its report: sizes, error, and what every step did to its objective.
+    Raises:
+      InputError: a step refuses this weight; the weight's name is put before its reason.
+      FloatingPointError: a step made something that is not finite.
+    """
+    entries = []
+    for step in steps:
+        try:
+            leaf, before, after = _jitted(step)(problem, leaf)
+        except InputError as error:
+            raise InputError(f"{error} (at {name})") from error
+        if not np.isfinite(after):
+            raise FloatingPointError(f"{step.name} made {name} non-finite ({step} -> {after})")
+        entries.append(
+            {"method": step.name, "objective": step.objective_name, "before": float(before),
+             "after": float(after), "notes": []}
+        )  # fmt: skip
+    return leaf, {**describe(name, problem.w, leaf), "steps": entries}
+
+
+def describe(name: str, w: jax.Array, leaf: CompressedLinear) -> dict:
+    """Returns what is reported of a compressed weight, whatever made it."""
+    error = _relative_error(w, leaf)
+    return {
+        "path": name,
+        "d_in": leaf.d_in,
+        "d_out": leaf.d_out,
+        "bits_per_weight": leaf.bits_per_weight,
+        "relative_error": float(error),
+    }
+
+
+def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -> dict:
+    """Runs a recipe on shapes alone: finds what a step would refuse, and every size exactly.
+
+    Args:
+      shapes: a block's linears, path -> (d_in, d_out).
+    Returns:
+      path -> CompressedLinear of `jax.ShapeDtypeStruct`.
+    Raises:
+      InputError: a step refuses a shape; the path is named.
+    """
+    leaves = {}
+    for path in fns.linears:
+        d_in, d_out = shapes[path]
+        w = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
+        stats = LinearStats(**{n: jax.ShapeDtypeStruct((d_in,), jnp.float32) for n in recipe.needs})
+        problem = LinearProblem(w, stats, jax.eval_shape(jax.random.key, 0))
+        try:
+            leaves[path] = _preview_leaf(recipe, problem)
+        except InputError as error:
+            raise InputError(f"{error} (at every block's {path})") from error
+    return leaves
+
+
+def _preview_leaf(recipe: Recipe, problem: LinearProblem) -> CompressedLinear:
+    leaf = CompressedLinear(Dense(problem.w))
+    for step in recipe.steps:
+        if step.scope == "linear":
+            leaf = jax.eval_shape(step.run, problem, leaf)
+        else:
+            leaf = jax.eval_shape(step.preview, leaf)
+    return leaf
+
+
+@lru_cache(maxsize=64)
+def _jitted(step: Step) -> Callable:
+    """Compiles a step once a shape, with its objective before and after."""
+
+    def run(problem: LinearProblem, leaf: CompressedLinear):
+        new = step.run(problem, leaf)
+        return new, step.objective(problem, leaf), step.objective(problem, new)
+
+    return jax.jit(run)
+
+
+@jax.jit
+def _relative_error(w: jax.Array, leaf: CompressedLinear) -> jax.Array:
+    return weight_error(LinearProblem(w, LinearStats(), jax.random.key(0)), leaf)
