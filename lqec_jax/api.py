@@ -140,7 +140,7 @@ def quantize(w: Any, recipe: str | Recipe, *, x: Any = None, seed: int = 0) -> C
         raise InputError(f"quantize: w has shape {list(w.shape)}; [d_in, d_out] was wanted")
     if not bool(jnp.isfinite(w).all()):
         raise InputError("quantize: w holds NaN or Inf; give finite weights")
-    stats = collect([jnp.asarray(x)], recipe.needs) if recipe.needs else LinearStats()
+    stats = collect([_check_inputs(x, w)], recipe.needs) if recipe.needs else LinearStats()
     problem = LinearProblem(w, stats, jax.random.key(seed))
     return apply_steps("w", recipe.steps, problem, CompressedLinear(Dense(w)))[0]
 
@@ -214,6 +214,19 @@ def _finish(run: Run, model: Model) -> Model:
     write_artifact(model, artifact)
     run.finish(artifact)
     return load_artifact(run.out, model.dtype)
+
+
+def _check_inputs(x: Any, w: jax.Array) -> jax.Array:
+    """Returns what a matrix reads, or says why it cannot be that."""
+    x = jnp.asarray(x)
+    if x.ndim != 2 or x.shape[1] != w.shape[0] or not len(x):
+        raise InputError(
+            f"quantize: x has shape {list(x.shape)}; [tokens, {w.shape[0]}] was wanted for w "
+            f"{list(w.shape)}"
+        )
+    if not bool(jnp.isfinite(x).all()):
+        raise InputError("quantize: x holds NaN or Inf; give finite inputs")
+    return x
 
 
 @lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
+from lqec_jax.recipe import parse_recipe
 from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, make_tokens, write_checkpoint
 
 RECIPE = "rtn(bits=3, group_size=32)"
@@ -120,7 +121,7 @@ def test_a_model_in_memory_and_its_folder_compress_to_the_same(model, small):
     assert equal_trees(again.params, small.params)
     stages = [[{**stage, "seconds": 0} for stage in m.report["stages"]] for m in (again, small)]
     assert stages[0] == stages[1]
-    assert again.recipe == small.recipe == str(lqec.compress.__globals__["parse_recipe"](RECIPE))
+    assert again.recipe == small.recipe == str(parse_recipe(RECIPE))
 
 
 def test_the_model_returned_is_the_model_on_disk(folder, small):
@@ -209,3 +210,18 @@ def test_bits_count_all_that_is_stored():
 def test_quantize_refuses_what_it_cannot_do(w, recipe, message):
     with pytest.raises(InputError, match=re.escape(message)):
         lqec.quantize(w, recipe)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.ones((9, 31)), "x has shape [9, 31]; [tokens, 32] was wanted for w [32, 4]"),
+        (np.ones((0, 32)), "x has shape [0, 32]"),
+        (np.ones(32), "x has shape [32]"),
+        (np.full((9, 32), np.inf), "x holds NaN or Inf"),
+    ],
+)
+def test_quantize_refuses_inputs_that_are_not_the_matrix_s(x, message):
+    recipe = "rtn(bits=2, group_size=32, clip_search='output')"
+    with pytest.raises(InputError, match=re.escape(message)):
+        lqec.quantize(np.ones((32, 4)), recipe, x=x)

@@ -1,99 +1,239 @@
-"""The streams equal a forward pass, statistics reach their step, phases follow one another."""
+"""The streaming driver gives what the whole model would, and feeds every step what it asked for."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, unstack_blocks
+from lqec_jax.core.types import Step, weight_error
+from lqec_jax.errors import InputError
+from lqec_jax.models.decoder import model_fns
+from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.train.sharding import make_mesh
+from lqec_kernels.formats import Affine, CompressedLinear, Dense
 from tests.golden.tiny_checkpoint import SEQLEN, make_tokens, write_checkpoint
 
-WINDOWS = 10
-RILQ = "rilq(rank=2, updates=4, eval_every=2, batch=4)"
+TOKENS, HELD_OUT = make_tokens(10), make_tokens(4, seed=1)
+TRAIN, VAL = np.split(TOKENS.reshape(10, SEQLEN), [8])
+RTN = "rtn(bits=3, group_size=32, clip_search='output')"
+# Two streamed phases around a model step; the second collects nothing.
+RILQ = (
+    "rilq(rank=2, updates=4, batch=4, eval_every=2, lr=0.001, model_weight=1.0, token_weight=0.0)"
+)
+RECIPE = f"{RTN} | {RILQ} | svd(rank=3)"
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return lqec.load(write_checkpoint(tmp_path_factory.mktemp("driver") / "dense"))
-
-
-def compress(dense, recipe: str, **options):
-    tokens = make_tokens(WINDOWS)
-    return lqec.compress(dense, recipe, calib=tokens, seqlen=SEQLEN, windows=WINDOWS, **options)
-
-
-def stages(model) -> dict[str, float]:
-    return {stage["name"]: stage["nll"] for stage in model.report["stages"]}
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("driver")
+    write_checkpoint(folder / "model", num_hidden_layers=3)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def rounded(dense):
-    return compress(dense, "rtn(bits=3, group_size=16)")
+def teacher(folder):
+    return lqec.load(folder / "model")
 
 
-def test_streams_equal_whole_forward_passes(dense, rounded):
-    val = make_tokens(WINDOWS)[8 * SEQLEN :]
-    scored = stages(rounded)
-    assert scored["teacher"] == pytest.approx(lqec.perplexity(dense, val, SEQLEN).nll, abs=1e-6)
-    assert scored["rtn"] == pytest.approx(lqec.perplexity(rounded, val, SEQLEN).nll, abs=1e-6)
-    assert scored["rtn"] > scored["teacher"]
+@pytest.fixture(scope="module")
+def small(folder):
+    return lqec.compress(folder / "model", RECIPE, TOKENS, seqlen=SEQLEN, eval=HELD_OUT)
 
 
-def test_another_text_is_scored_in_its_place(dense):
-    other = make_tokens(3, seed=9)
-    small = compress(dense, "rtn(bits=3, group_size=16)", eval=other)
-    stage = small.report["stages"][-1]
-    assert stage["nll"] == pytest.approx(lqec.perplexity(small, other, SEQLEN).nll, abs=1e-6)
-    assert (stage["protocol"], stage["windows"]) == (f"tokens/{SEQLEN}", 3)
+@pytest.fixture(scope="module")
+def rounded(folder):
+    """`RTN` alone."""
+    return lqec.compress(folder / "model", RTN, TOKENS, seqlen=SEQLEN, eval=HELD_OUT)
 
 
-def test_statistics_are_those_of_the_compressed_stream(dense):
-    recipe = "rtn(bits=2, group_size=16, clip_search='output')"
-    small = compress(dense, recipe)
-    train = make_tokens(WINDOWS)[: 8 * SEQLEN].reshape(8, SEQLEN)
-    # The input of the second block's attention, through the first block as it was compressed.
-    first, second = unstack_blocks(small.params["blocks"])[:2]
-    h = small.fns.block(first, small.fns.embed(small.params, train))[0]
-    x = small.fns.block(second, h)[1]["attn/q"]
-    w = get_at(unstack_blocks(dense.params["blocks"])[1], "attn/q/kernel")
-    wanted = lqec.quantize(w, recipe, x=np.asarray(x).reshape(-1, x.shape[-1]))
-    found = get_at(second, "attn/q/kernel")
-    np.testing.assert_allclose(found.dense(), wanted.dense(), rtol=1e-6, atol=1e-7)
+def ppl(model):
+    return lqec.perplexity(model, HELD_OUT, seqlen=SEQLEN).ppl
 
 
-def test_a_linear_step_after_a_model_step_corrects_what_is_left(dense, rounded):
-    small = compress(dense, f"rtn(bits=3, group_size=16) | {RILQ} | svd(rank=2)")
-    assert list(stages(small)) == ["teacher", "rtn", "rilq", "svd"]
-    leaf = get_at(small.params["blocks"][0], "mlp/down/kernel")
-    assert [c.rank for c in leaf.corrections] == [2, 2]
-    base = get_at(rounded.params["blocks"][0], "mlp/down/kernel").base
-    assert np.array_equal(leaf.base.codes, base.codes)
-    for linear in small.report["linears"]:
-        rounding, correction = linear["steps"]
-        assert correction["after"] < correction["before"]
-        assert linear["relative_error"] == pytest.approx(correction["after"], rel=1e-4)
+def weight(model, layer, path):
+    return get_at(unstack_blocks(model.params["blocks"])[layer], f"{path}/kernel")
 
 
-def test_the_report_says_what_the_interface_promises(dense):
-    report = compress(dense, f"rtn(bits=2, group_size=16) | {RILQ}").report
-    promised = {"recipe", "seed", "bits_per_weight", "stages", "linears", "fits", "skipped",
-                "peak_rss_mb", "seconds", "environment"}  # fmt: skip
-    assert promised <= set(report)
-    assert [point["update"] for point in report["fits"][0]["history"]] == [0, 2, 4]
-    assert len(report["linears"]) == 5 * 7
-    assert all(entry["reason"] for entry in report["skipped"])
-    assert report["seconds"] >= report["stages"][-1]["seconds"] > 0
+# ---- the streams
 
 
-def test_model_steps_alone_begin_from_the_dense_model(dense):
-    small = compress(dense, "svd(rank=2)")
-    assert stages(small)["svd"] == pytest.approx(stages(small)["teacher"], abs=1e-5)
+def test_the_streams_end_where_the_whole_model_does(teacher, rounded, small):
+    stages = {stage["name"]: stage for stage in small.report["stages"]}
+    assert list(stages) == ["teacher", "rtn", "rilq", "svd"]
+    assert stages["teacher"]["ppl"] == pytest.approx(ppl(teacher), rel=1e-6)
+    assert stages["rtn"]["ppl"] == pytest.approx(ppl(rounded), rel=1e-6)
+    assert stages["svd"]["ppl"] == pytest.approx(ppl(small), rel=1e-6)
+    for stage in stages.values():
+        assert stage["protocol"] == "tokens/32"
+        assert stage["tokens"] == 4 * (SEQLEN - 1)
+        assert stage["low"] < stage["ppl"] < stage["high"]
+    assert stages["teacher"]["seconds"] == 0.0 < stages["rtn"]["seconds"]
 
 
-def test_seeds_decide_the_adapters(dense):
-    recipe = f"rtn(bits=2, group_size=16) | {RILQ}"
-    one, same, other = (compress(dense, recipe, seed=seed).params for seed in (0, 0, 1))
-    pick = lambda params: get_at(params["blocks"][0], "attn/q/kernel").corrections[0].a  # noqa: E731
-    assert np.array_equal(pick(one), pick(same))
-    assert not np.array_equal(pick(one), pick(other))
-    assert jax.tree.structure(one) == jax.tree.structure(other)
+def test_without_another_text_the_validation_windows_are_the_score(folder, teacher):
+    keep = Step("keep", "linear", lambda problem, leaf: leaf, {}, objective=weight_error)
+    report = lqec.compress(folder / "model", Recipe((keep,)), TOKENS, seqlen=SEQLEN).report
+    stage = report["stages"][0]
+    assert stage["protocol"] == "calib-val/32"
+    assert stage["ppl"] == pytest.approx(lqec.perplexity(teacher, VAL, SEQLEN).ppl, rel=1e-6)
+
+
+def test_statistics_are_of_the_student_and_of_training_windows_alone(teacher, rounded):
+    """Block 2's down projection reads what two compressed blocks and its own gate and up made."""
+    block = jax.jit(teacher.fns.block)
+
+    def down_reads(model):
+        h = model.fns.embed(model.params, TRAIN)
+        *before, last = unstack_blocks(model.params["blocks"])
+        for params in before:
+            h = block(params, h)[0]
+        return block(last, h)[1]["mlp/down"].reshape(-1, 64)  # does not depend on down itself
+
+    w, found = weight(teacher, 2, "mlp/down"), weight(rounded, 2, "mlp/down")
+    expected = lqec.quantize(w, RTN, x=down_reads(rounded))
+    assert float(jnp.mean(expected.base.codes == found.base.codes)) > 0.99
+    np.testing.assert_allclose(expected.dense(), found.dense(), atol=1e-3)
+    other = lqec.quantize(w, RTN, x=down_reads(teacher))
+    assert float(jnp.mean(other.base.codes == found.base.codes)) < 0.9
+
+
+def test_a_step_sees_what_it_asked_for_and_nothing_else(folder):
+    seen = []
+
+    def run(problem, leaf):
+        seen.append((problem.w.shape, problem.stats.rms is None))
+        return leaf
+
+    step = Step("look", "linear", run, {}, objective=weight_error)
+    asking = dataclasses.replace(step, needs=frozenset({"rms"}))
+    for one, without in ((step, True), (asking, False)):
+        seen.clear()
+        lqec.compress(folder / "model", Recipe((one,)), TOKENS, seqlen=SEQLEN)
+        assert {shape for shape, _ in seen} == {(32, 32), (32, 16), (32, 64), (64, 32)}
+        assert {missing for _, missing in seen} == {without}
+
+
+# ---- phases
+
+
+def test_a_linear_step_after_a_model_step_adds_to_what_was_trained(teacher, small, rounded):
+    for layer in range(3):
+        for path in model_fns(teacher.config).linears:
+            leaf, before = weight(small, layer, path), weight(rounded, layer, path)
+            assert isinstance(leaf.base, Affine)
+            assert jax.tree.all(jax.tree.map(jnp.array_equal, leaf.base, before.base))
+            assert [correction.rank for correction in leaf.corrections] == [2, 3]
+    linears = {linear["path"]: linear for linear in small.report["linears"]}
+    assert len(linears) == 21
+    for path, linear in linears.items():
+        assert [step["method"] for step in linear["steps"]] == ["rtn", "svd"]
+        assert linear["steps"][1]["after"] < linear["steps"][1]["before"]
+        _, layer, name = path.split("/", 2)
+        leaf = weight(small, int(layer), name)
+        assert linear["bits_per_weight"] == pytest.approx(leaf.bits_per_weight)
+        w = weight(teacher, int(layer), name)
+        error = float(jnp.sum((w - leaf.dense()) ** 2) / jnp.sum(w**2))
+        assert linear["relative_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_model_step_lowers_its_loss_and_reports_its_curve(small):
+    (fit,) = small.report["fits"]
+    assert fit["method"] == "rilq"
+    assert [point["update"] for point in fit["history"]] == [0, 2, 4]
+    losses = {point["update"]: point["val_loss"] for point in fit["history"]}
+    assert fit["best_update"] in (2, 4)
+    assert losses[fit["best_update"]] == min(losses.values()) < losses[0]
+    assert fit["history"][0]["train_loss"] is None and fit["history"][1]["train_loss"] > 0
+
+
+def test_a_recipe_may_begin_with_a_model_step(folder, teacher):
+    recipe = "rilq(rank=2, updates=1, batch=4, eval_every=1)"
+    trained = lqec.compress(folder / "model", recipe, TOKENS, seqlen=SEQLEN)
+    assert [stage["name"] for stage in trained.report["stages"]] == ["teacher", "rilq"]
+    leaf = weight(trained, 1, "attn/q")
+    assert isinstance(leaf.base, Dense)
+    assert bool(jnp.array_equal(leaf.base.w, weight(teacher, 1, "attn/q")))
+    assert trained.report["bits_per_weight"] > 32
+
+
+def test_devices_change_the_work_and_not_the_result(folder, small):
+    if jax.device_count() < 4:
+        pytest.skip("needs four (simulated) devices")
+    spread = lqec.compress(
+        folder / "model",
+        f"{RTN} | {RILQ}",
+        TOKENS,
+        seqlen=SEQLEN,
+        eval=HELD_OUT,
+        mesh=make_mesh(2, 2),
+    )
+    one, four = (
+        [point["val_loss"] for point in m.report["fits"][0]["history"]] for m in (small, spread)
+    )
+    np.testing.assert_allclose(four, one, rtol=2e-4)
+
+
+# ---- refusals and reports
+
+
+def make_broken(layer_norm_of_w):
+    """Returns a step that makes NaN of the weight with this sum of absolute values."""
+
+    def run(problem, leaf):
+        hit = jnp.abs(jnp.sum(jnp.abs(problem.w)) - layer_norm_of_w) < 1e-3
+        return CompressedLinear(Dense(jnp.where(hit, jnp.nan, leaf.dense())))
+
+    return Step("broken", "linear", run, {"scale": 3}, objective=weight_error)
+
+
+def test_a_step_that_makes_nan_is_stopped_and_the_weight_named(folder, teacher, tmp_path):
+    w = weight(teacher, 1, "mlp/up")
+    recipe = Recipe((*parse_recipe("svd(rank=1)").steps, make_broken(float(jnp.abs(w).sum()))))
+    with pytest.raises(FloatingPointError, match=r"broken made blocks/1/mlp/up non-finite"):
+        lqec.compress(folder / "model", recipe, TOKENS, seqlen=SEQLEN, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_names_the_weight(folder):
+    def refuse(problem, leaf):
+        if problem.w.shape == (64, 32):
+            raise InputError("refuse: this shape is not for me; choose another")
+        return leaf
+
+    recipe = Recipe((Step("refuse", "linear", refuse, {}, objective=weight_error),))
+    with pytest.raises(
+        InputError, match=r"not for me; choose another \(at every block's mlp/down\)"
+    ):
+        lqec.compress(folder / "model", recipe, TOKENS, seqlen=SEQLEN)
+
+
+def test_the_report_has_every_field_that_is_promised(small):
+    report = small.report
+    assert report["recipe"] == small.recipe == str(parse_recipe(RECIPE))
+    assert report["seed"] == 0
+    for stage in report["stages"]:
+        assert {"name", "ppl", "nll", "tokens", "protocol", "seconds"} <= set(stage)
+    for linear in report["linears"]:
+        assert set(linear) == {"path", "d_in", "d_out", "bits_per_weight", "relative_error",
+                               "steps"}  # fmt: skip
+        for step in linear["steps"]:
+            assert set(step) == {"method", "objective", "before", "after", "notes"}
+    assert all({"method", "history", "best_update"} <= set(fit) for fit in report["fits"])
+    assert all(set(entry) == {"path", "reason"} for entry in report["skipped"])
+    stored = sum(weight(small, i, p).stored_bits() for i in range(3) for p in small.fns.linears)
+    assert report["bits_per_weight"] == pytest.approx(stored / (3 * 9216))
+    assert report["seconds"] == pytest.approx(sum(s["seconds"] for s in report["stages"]))
+    assert report["peak_rss_mb"] > 50
+
+
+def test_a_seed_decides_the_adapters_and_not_the_codes(folder, small):
+    other = lqec.compress(
+        folder / "model", f"{RTN} | {RILQ}", TOKENS, seqlen=SEQLEN, eval=HELD_OUT, seed=7
+    )
+    ours, theirs = weight(small, 0, "attn/q"), weight(other, 0, "attn/q")
+    assert bool(jnp.array_equal(ours.base.codes, theirs.base.codes))
+    assert not bool(jnp.allclose(ours.corrections[0].a, theirs.corrections[0].a, atol=1e-2))

@@ -13,7 +13,10 @@ from lqec_jax.io.run import Run
 from lqec_jax.io.tensor_file import read_header
 from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, write_checkpoint, write_tokens
 
-RECIPE = "rtn(bits=2, group_size=32) | rilq(rank=2, updates=6, batch=4, eval_every=3, lr=0.01)"
+RECIPE = (
+    "rtn(bits=2, group_size=32) | rilq(rank=2, updates=6, batch=4, eval_every=3, lr=0.001, "
+    "model_weight=1.0, token_weight=0.0)"
+)
 WEIGHTS = "model.safetensors"
 
 

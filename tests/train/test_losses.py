@@ -100,10 +100,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(student):
         zero = LowRank(adapter.a, jnp.zeros_like(adapter.b))
         return CompressedLinear(Dense(leaf.dense()), (zero,))
 
-    exact, dense = (
-        jax.tree.map(lambda n: change(n) if is_compressed(n) else n, student, is_leaf=is_compressed)
-        for change in (start, CompressedLinear.dense)
-    )
+    def change_all(change) -> dict:
+        pick = lambda node: change(node) if is_compressed(node) else node  # noqa: E731
+        return jax.tree.map(pick, student, is_leaf=is_compressed)
+
+    exact, dense = change_all(start), change_all(CompressedLinear.dense)
     train, frozen = partition(exact)
 
     def run(train, pre_norm, post_norm):

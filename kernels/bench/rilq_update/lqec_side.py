@@ -16,12 +16,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lqec_jax as lqec
 from lqec_jax.compensation.rilq import make_objective, make_optimizer, map_linears
 from lqec_jax.core.types import ModelProblem
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.decoder import model_fns
+from lqec_jax.train.sharding import make_mesh
 from lqec_jax.train.update import init_state, make_update
 from lqec_kernels import CompressedLinear, LowRank
 
@@ -30,7 +32,7 @@ ALPHA = 16.0
 
 
 def draw_adapters(fns, params, rank: int, seed: int):
-    """Returns the student with the start that the peer draws: layer by layer, in order of linears."""
+    """Returns the student with the peer's start: drawn layer by layer, in order of linears."""
     rng = np.random.default_rng(seed)
     layers = jax.tree.leaves(params["blocks"][0])[0].shape[0]
     shapes: list[int] = []
@@ -60,14 +62,21 @@ def measure(args: argparse.Namespace) -> dict:
                 "lr": args.lr, "decay": "constant", "weight_decay": 0.0}  # fmt: skip
     problem = ModelProblem(fns, params, teacher, windows, windows[:0], jax.random.key(0))
     objective, optimizer = make_objective(problem, settings), make_optimizer(settings, width=128)
-    update = make_update(objective.loss, optimizer, accumulate=args.accumulate)
+    mesh, placed = make_mesh(data=args.devices), None
     state = init_state(params, optimizer)
+    if args.devices > 1:
+        placed = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+        state = jax.device_put(state, placed)
+    by_window = NamedSharding(mesh, PartitionSpec("data"))
+    update = make_update(
+        objective.loss, optimizer, accumulate=args.accumulate, state_sharding=placed
+    )
     wall, cpu, losses = [], [], []
     batches = len(windows) // WINDOWS_PER_UPDATE
     for i in range(args.updates):
         rows = i % batches * WINDOWS_PER_UPDATE + np.arange(WINDOWS_PER_UPDATE)
         started = time.perf_counter(), time.process_time()
-        state, metrics = update(state, objective.batch(rows))
+        state, metrics = update(state, jax.device_put(objective.batch(rows), by_window))
         jax.block_until_ready(state)
         wall.append(time.perf_counter() - started[0])
         cpu.append(time.process_time() - started[1])
@@ -83,6 +92,7 @@ def measure(args: argparse.Namespace) -> dict:
         "warmup": args.warmup,
         "rank": args.rank,
         "accumulate": args.accumulate,
+        "devices": args.devices,
         "remat": args.remat,
         "peak_rss_mb": peak_rss_mb(),
         "versions": {"jax": jax.__version__},
@@ -102,6 +112,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="simulated; windows are split")
     parser.add_argument("--remat", action="store_true")
     return parser.parse_args(argv)
 
@@ -110,4 +121,5 @@ if __name__ == "__main__":
     arguments = parse(sys.argv[1:])
     # XLA takes as many threads as there are processors it may run on, counted when it starts.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    jax.config.update("jax_num_cpu_devices", arguments.devices)
     print(json.dumps(measure(arguments), indent=1))
