@@ -11,7 +11,6 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, unstack_blocks
 from lqec_jax.core.types import Step, weight_error
 from lqec_jax.errors import InputError
-from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.train.sharding import make_mesh
 from lqec_kernels.formats import Affine, CompressedLinear, Dense
@@ -122,7 +121,7 @@ def test_a_step_sees_what_it_asked_for_and_nothing_else(folder):
 
 def test_a_linear_step_after_a_model_step_adds_to_what_was_trained(teacher, small, rounded):
     for layer in range(3):
-        for path in model_fns(teacher.config).linears:
+        for path in teacher.fns.linears:
             leaf, before = weight(small, layer, path), weight(rounded, layer, path)
             assert isinstance(leaf.base, Affine)
             assert jax.tree.all(jax.tree.map(jnp.array_equal, leaf.base, before.base))

@@ -86,6 +86,7 @@ def test_eight_more_blocks_of_other_bits_add_little(remat):
     assert 0 < decoder_share(remat, mixed=True) <= BOUND
 
 
+@pytest.mark.slow
 def test_a_dense_product_breaks_the_bound(monkeypatch):
     monkeypatch.setattr(PRODUCT, multiply_densely)
     assert decoder_share(remat=False, mixed=False) > 5 * BOUND
@@ -100,6 +101,7 @@ def test_segments_of_one_block_add_little(remat, order, monkeypatch):
     assert plain_share(remat, **order) > 5 * BOUND
 
 
+@pytest.mark.slow
 def test_recomputing_segments_of_one_block_saves_their_activations():
     # In the default order it saves nothing: all blocks are recomputed before the first is used.
     config = make_config(2, 64, 128)

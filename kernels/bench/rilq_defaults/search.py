@@ -48,6 +48,21 @@ def measure(folder: Path, data: Path, settings: dict, seed: int) -> dict:
     }
 
 
+def write_table(rows: list[dict], path: Path) -> None:
+    """Writes the rows as a markdown table, sorted by model and setting."""
+    lines = [
+        "| model | settings | validation loss | best update | dev ppl | unseen ppl | CPU s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["model"], str(row["settings"]))):
+        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        lines.append(
+            f"| {row['model']} | {settings} | {row['validation_loss']:.4f} | {row['best_update']} "
+            f"| {row['dev']:.3f} | {row['unseen']:.3f} | {row['cpu_seconds']:.0f} |"
+        )
+    path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True)
@@ -65,6 +80,7 @@ def main() -> None:
             rows.append(measure(folder, arguments.shared / "data", settings, arguments.seed))
             print(json.dumps(rows[-1]), flush=True)
             arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+            write_table(rows, arguments.out.with_suffix(".md"))
 
 
 if __name__ == "__main__":
