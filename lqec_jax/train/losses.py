@@ -110,7 +110,7 @@ def _chunked_nll(fns: ModelFns, params: Params, hidden: jax.Array, labels: jax.A
         here = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
         return (total, jnp.where(inside, here, label)), None
 
-    # A finite start: the gradient of logaddexp(-inf, x) is not a number.
+    # A finite start keeps every gradient finite: that of logaddexp(-inf, -inf) is not a number.
     dtype = jnp.result_type(hidden, jnp.float32)
     start = (jnp.full(labels.shape, -1e30, dtype), jnp.zeros(labels.shape, dtype))
     (total, label), _ = jax.lax.scan(visit, start, jnp.arange(0, vocab, VOCAB_CHUNK))
