@@ -12,9 +12,8 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import parse_recipe
-from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, make_tokens, write_checkpoint
+from tests.golden.tiny_checkpoint import RTN, SEQLEN, hash_folder, make_tokens, write_checkpoint
 
-RECIPE = "rtn(bits=3, group_size=32)"
 TOKENS = make_tokens(6)
 
 
@@ -33,7 +32,7 @@ def model(folder):
 @pytest.fixture(scope="module")
 def small(folder):
     """Streamed from the folder, and kept as an artifact."""
-    return lqec.compress(folder / "model", RECIPE, TOKENS, seqlen=SEQLEN, out=folder / "out")
+    return lqec.compress(folder / "model", RTN, TOKENS, seqlen=SEQLEN, out=folder / "out")
 
 
 def equal_trees(left, right):
@@ -117,11 +116,11 @@ def test_perplexity_refuses_too_little_and_too_long(model):
 
 
 def test_a_model_in_memory_and_its_folder_compress_to_the_same(model, small):
-    again = lqec.compress(model, RECIPE, TOKENS, seqlen=SEQLEN)
+    again = lqec.compress(model, RTN, TOKENS, seqlen=SEQLEN)
     assert equal_trees(again.params, small.params)
     stages = [[{**stage, "seconds": 0} for stage in m.report["stages"]] for m in (again, small)]
     assert stages[0] == stages[1]
-    assert again.recipe == small.recipe == str(parse_recipe(RECIPE))
+    assert again.recipe == small.recipe == str(parse_recipe(RTN))
 
 
 def test_the_model_returned_is_the_model_on_disk(folder, small):
@@ -135,12 +134,12 @@ def test_the_model_returned_is_the_model_on_disk(folder, small):
 
 def test_a_run_without_a_name_leaves_nothing_behind(model, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    lqec.compress(model, RECIPE, TOKENS, seqlen=SEQLEN)
+    lqec.compress(model, RTN, TOKENS, seqlen=SEQLEN)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
         patch.setattr("lqec_jax.driver.Driver.compress", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            lqec.compress(model, RECIPE, TOKENS, seqlen=SEQLEN)
+            lqec.compress(model, RTN, TOKENS, seqlen=SEQLEN)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,10 +147,10 @@ def test_nothing_is_written_before_everything_is_checked(folder):
     before = hash_folder(folder)
     for options in ({"seqlen": 99}, {"windows": 1}, {"dtype": "int4"}, {"resume": True}):
         with pytest.raises(InputError):
-            lqec.compress(folder / "model", RECIPE, TOKENS, out=folder / "never",
+            lqec.compress(folder / "model", RTN, TOKENS, out=folder / "never",
                           **{"seqlen": SEQLEN, **options})  # fmt: skip
     with pytest.raises(InputError, match="is compressed already"):
-        lqec.compress(folder / "out", RECIPE, TOKENS, seqlen=SEQLEN, out=folder / "never")
+        lqec.compress(folder / "out", RTN, TOKENS, seqlen=SEQLEN, out=folder / "never")
     assert hash_folder(folder) == before and not (folder / "never.partial").exists()
 
 
@@ -170,7 +169,7 @@ def test_saving_is_refused_where_something_is(small, folder, tmp_path):
 def test_one_matrix_compresses_as_it_does_in_its_model(model, small):
     dense = unstack_blocks(model.params["blocks"])[1]["mlp"]["down"]["kernel"]
     inside = unstack_blocks(small.params["blocks"])[1]["mlp"]["down"]["kernel"]
-    assert equal_trees(lqec.quantize(dense, RECIPE), inside)
+    assert equal_trees(lqec.quantize(dense, RTN), inside)
 
 
 def test_a_matrix_with_inputs_uses_them():

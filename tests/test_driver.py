@@ -14,22 +14,18 @@ from lqec_jax.errors import InputError
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.train.sharding import make_mesh
 from lqec_kernels.formats import Affine, CompressedLinear, Dense
-from tests.golden.tiny_checkpoint import SEQLEN, make_tokens, write_checkpoint
+from tests.golden.tiny_checkpoint import RILQ, SEQLEN, make_tokens, write_checkpoint
 
 TOKENS, HELD_OUT = make_tokens(10), make_tokens(4, seed=1)
 TRAIN, VAL = np.split(TOKENS.reshape(10, SEQLEN), [8])
-RTN = "rtn(bits=3, group_size=32, clip_search='output')"
-# Two streamed phases around a model step; the second collects nothing.
-RILQ = (
-    "rilq(rank=2, updates=4, batch=4, eval_every=2, lr=0.001, model_weight=1.0, token_weight=0.0)"
-)
-RECIPE = f"{RTN} | {RILQ} | svd(rank=3)"
+SEEING = "rtn(bits=3, group_size=32, clip_search='output')"
+RECIPE = f"{SEEING} | {RILQ} | svd(rank=3)"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
-    write_checkpoint(folder / "model", num_hidden_layers=3)
+    write_checkpoint(folder / "model")
     return folder
 
 
@@ -45,8 +41,8 @@ def small(folder):
 
 @pytest.fixture(scope="module")
 def rounded(folder):
-    """`RTN` alone."""
-    return lqec.compress(folder / "model", RTN, TOKENS, seqlen=SEQLEN, eval=HELD_OUT)
+    """`SEEING` alone."""
+    return lqec.compress(folder / "model", SEEING, TOKENS, seqlen=SEQLEN, eval=HELD_OUT)
 
 
 def ppl(model):
@@ -82,7 +78,7 @@ def test_without_another_text_the_validation_windows_are_the_score(folder, teach
 
 
 def test_statistics_are_of_the_student_and_of_training_windows_alone(teacher, rounded):
-    """Block 2's down projection reads what two compressed blocks and its own gate and up made."""
+    """The last down projection reads what four compressed blocks and its own gate and up made."""
     block = jax.jit(teacher.fns.block)
 
     def down_reads(model):
@@ -92,11 +88,11 @@ def test_statistics_are_of_the_student_and_of_training_windows_alone(teacher, ro
             h = block(params, h)[0]
         return block(last, h)[1]["mlp/down"].reshape(-1, 64)  # does not depend on down itself
 
-    w, found = weight(teacher, 2, "mlp/down"), weight(rounded, 2, "mlp/down")
-    expected = lqec.quantize(w, RTN, x=down_reads(rounded))
+    w, found = weight(teacher, 4, "mlp/down"), weight(rounded, 4, "mlp/down")
+    expected = lqec.quantize(w, SEEING, x=down_reads(rounded))
     assert float(jnp.mean(expected.base.codes == found.base.codes)) > 0.99
     np.testing.assert_allclose(expected.dense(), found.dense(), atol=1e-3)
-    other = lqec.quantize(w, RTN, x=down_reads(teacher))
+    other = lqec.quantize(w, SEEING, x=down_reads(teacher))
     assert float(jnp.mean(other.base.codes == found.base.codes)) < 0.9
 
 
@@ -120,7 +116,7 @@ def test_a_step_sees_what_it_asked_for_and_nothing_else(folder):
 
 
 def test_a_linear_step_after_a_model_step_adds_to_what_was_trained(teacher, small, rounded):
-    for layer in range(3):
+    for layer in range(5):
         for path in teacher.fns.linears:
             leaf, before = weight(small, layer, path), weight(rounded, layer, path)
             assert isinstance(leaf.base, Affine)
@@ -128,7 +124,7 @@ def test_a_linear_step_after_a_model_step_adds_to_what_was_trained(teacher, smal
             assert [correction.rank for correction in leaf.corrections] == [2, 3]
     make_dense = jax.jit(CompressedLinear.dense)
     linears = {linear["path"]: linear for linear in small.report["linears"]}
-    assert len(linears) == 21
+    assert len(linears) == 35
     for path, linear in linears.items():
         assert [step["method"] for step in linear["steps"]] == ["rtn", "svd"]
         assert linear["steps"][1]["after"] < linear["steps"][1]["before"]
@@ -143,9 +139,9 @@ def test_a_linear_step_after_a_model_step_adds_to_what_was_trained(teacher, smal
 def test_a_model_step_lowers_its_loss_and_reports_its_curve(small):
     (fit,) = small.report["fits"]
     assert fit["method"] == "rilq"
-    assert [point["update"] for point in fit["history"]] == [0, 2, 4]
+    assert [point["update"] for point in fit["history"]] == [0, 10, 20, 30, 40]
     losses = {point["update"]: point["val_loss"] for point in fit["history"]}
-    assert fit["best_update"] in (2, 4)
+    assert fit["best_update"] > 0
     assert losses[fit["best_update"]] == min(losses.values()) < losses[0]
     assert fit["history"][0]["train_loss"] is None and fit["history"][1]["train_loss"] > 0
 
@@ -165,7 +161,7 @@ def test_devices_change_the_work_and_not_the_result(folder, small):
         pytest.skip("needs four (simulated) devices")
     spread = lqec.compress(
         folder / "model",
-        f"{RTN} | {RILQ}",
+        f"{SEEING} | {RILQ}",
         TOKENS,
         seqlen=SEQLEN,
         eval=HELD_OUT,
@@ -224,15 +220,15 @@ def test_the_report_has_every_field_that_is_promised(small):
             assert set(step) == {"method", "objective", "before", "after", "notes"}
     assert all({"method", "history", "best_update"} <= set(fit) for fit in report["fits"])
     assert all(set(entry) == {"path", "reason"} for entry in report["skipped"])
-    stored = sum(weight(small, i, p).stored_bits() for i in range(3) for p in small.fns.linears)
-    assert report["bits_per_weight"] == pytest.approx(stored / (3 * 9216))
+    stored = sum(weight(small, i, p).stored_bits() for i in range(5) for p in small.fns.linears)
+    assert report["bits_per_weight"] == pytest.approx(stored / (5 * 9216))
     assert report["seconds"] == pytest.approx(sum(s["seconds"] for s in report["stages"]))
     assert report["peak_rss_mb"] > 50
 
 
 def test_a_seed_decides_the_adapters_and_not_the_codes(folder, small):
     other = lqec.compress(
-        folder / "model", f"{RTN} | {RILQ}", TOKENS, seqlen=SEQLEN, eval=HELD_OUT, seed=7
+        folder / "model", f"{SEEING} | {RILQ}", TOKENS, seqlen=SEQLEN, eval=HELD_OUT, seed=7
     )
     ours, theirs = weight(small, 0, "attn/q"), weight(other, 0, "attn/q")
     assert bool(jnp.array_equal(ours.base.codes, theirs.base.codes))

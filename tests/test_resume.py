@@ -17,11 +17,18 @@ import lqec_jax as lqec
 from lqec_jax.cli import main
 from lqec_jax.errors import InputError
 from lqec_jax.io.run import Run
-from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, write_checkpoint, write_tokens
+from tests.golden.tiny_checkpoint import (
+    RILQ,
+    RTN,
+    SEQLEN,
+    hash_folder,
+    write_checkpoint,
+    write_tokens,
+)
 
 # The clip search reads the student's stream, so a stream that was not kept would change the codes.
-STREAMED = "rtn(bits=2, group_size=32, clip_search='output')"
-TRAINED = f"{STREAMED} | rilq(rank=2, updates=40, batch=4, eval_every=5, patience=0, lr=0.003)"
+STREAMED = "rtn(bits=3, group_size=32, clip_search='output')"
+TRAINED = f"{STREAMED} | {RILQ}"
 WEIGHTS = "model.safetensors"
 
 KILLED = """
@@ -94,8 +101,8 @@ def test_a_run_killed_three_times_ends_in_the_same_bytes(folder, capfd):
     assert first_of("rtn", lines) == "rtn: 3/5"
     lines = kill([*arguments, "--resume"], BEFORE_RENAME)
     assert first_of("rtn", lines) is None
-    # Checkpoints are written in the background: the last one or two may not have been whole.
-    assert first_of("rilq", lines) in {f"rilq: {done}/40" for done in (15, 20, 25)}
+    # Checkpoints are written in the background: the last one may not have been whole.
+    assert first_of("rilq", lines) in {"rilq: 10/40", "rilq: 20/40"}
     assert not (folder / "killed").exists()
     assert main([*arguments, "--resume"]) == 0
     lines = capfd.readouterr().err.splitlines()
@@ -144,7 +151,7 @@ def test_a_run_of_other_settings_is_refused_by_name_and_kept(folder, unfinished,
     same, other = command(folder, "kept", STREAMED), str(folder / "other.npy")
     changes = {
         "seed": [*same, "--seed", "1"],
-        "recipe": command(folder, "kept", "rtn(bits=3, group_size=32)"),
+        "recipe": command(folder, "kept", RTN),
         "calibration": command(folder, "kept", STREAMED, "other.npy"),
         "dtype": [*same, "--dtype", "bfloat16"],
         "eval": [*same, "--eval", other],

@@ -17,14 +17,13 @@ from safetensors.numpy import load_file, save_file
 from lqec_jax.cli import main
 from tests.golden.tiny_checkpoint import (
     RAW,
+    RTN,
     SEQLEN,
     hash_folder,
     make_tokens,
     write_checkpoint,
     write_tokens,
 )
-
-RTN = "rtn(bits=3, group_size=32)"
 
 
 class Place(NamedTuple):

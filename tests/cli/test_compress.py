@@ -11,12 +11,16 @@ import lqec_jax as lqec
 from lqec_jax.cli import main
 from lqec_jax.io.run import Run
 from lqec_jax.io.tensor_file import read_header
-from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, write_checkpoint, write_tokens
-
-RECIPE = (
-    "rtn(bits=2, group_size=32) | rilq(rank=2, updates=6, batch=4, eval_every=3, lr=0.001, "
-    "model_weight=1.0, token_weight=0.0)"
+from tests.golden.tiny_checkpoint import (
+    RILQ,
+    RTN,
+    SEQLEN,
+    hash_folder,
+    write_checkpoint,
+    write_tokens,
 )
+
+RECIPE = f"{RTN} | {RILQ}"
 WEIGHTS = "model.safetensors"
 
 
@@ -104,7 +108,7 @@ def test_a_dry_run_foretells_the_bytes_on_disk_and_writes_none(folder, capfd):
 def test_a_dry_run_prints_the_same_for_people(folder, capfd):
     assert main(command(folder, "new", "--dry-run")) == 0
     out, err = capfd.readouterr()
-    assert "affine(bits=2, group_size=32) + low_rank(rank=2)" in out
+    assert "affine(bits=3, group_size=32) + low_rank(rank=2)" in out
     assert "8 windows of 32 tokens, 2 more for validation" in out
     assert "nothing was computed or written" in out
     assert err == ""
@@ -112,7 +116,7 @@ def test_a_dry_run_prints_the_same_for_people(folder, capfd):
 
 
 def test_a_run_prints_its_stages_and_says_how_far_it_is(folder, capfd):
-    assert main(command(folder, "printed", recipe="rtn(bits=3, group_size=32)")) == 0
+    assert main(command(folder, "printed", recipe=RTN)) == 0
     out, err = capfd.readouterr()
     stages = read_report(folder, "printed")["stages"]
     assert [stage["name"] for stage in stages] == ["teacher", "rtn"]
@@ -128,13 +132,12 @@ def test_a_run_prints_its_stages_and_says_how_far_it_is(folder, capfd):
 
 
 def test_json_on_standard_output_is_the_report_and_nothing_else(folder, capfd):
-    recipe = "rtn(bits=3, group_size=32)"
-    assert main(command(folder, "json", "--windows", 12, "--json", recipe=recipe)) == 0
+    assert main(command(folder, "json", "--windows", 12, "--json", recipe=RTN)) == 0
     out, err = capfd.readouterr()
     assert json.loads(out) == read_report(folder, "json")
     assert "the text holds no more of the 12 asked for" in err
     file = folder / "r.json"
-    assert main(command(folder, "quiet", "-q", "--json", file, recipe=recipe)) == 0
+    assert main(command(folder, "quiet", "-q", "--json", file, recipe=RTN)) == 0
     assert capfd.readouterr() == ("", "")
     assert json.loads(file.read_text()) == read_report(folder, "quiet")
 
@@ -143,13 +146,12 @@ def test_an_artifact_is_replaced_only_when_told_to_and_by_the_new_one(folder, ca
     backup = folder / "mine.old"
     backup.mkdir()
     (backup / "notes.txt").write_text("not yours")
-    assert main(command(folder, "mine", "-q", recipe="rtn(bits=3, group_size=32)")) == 0
+    assert main(command(folder, "mine", "-q", recipe=RTN)) == 0
     before = hash_folder(folder / "mine")
-    assert main(command(folder, "mine", "-q", recipe="rtn(bits=4, group_size=32)")) == 2
+    assert main(command(folder, "mine", "-q", "--seed", "5", recipe=RTN)) == 2
     assert hash_folder(folder / "mine") == before
-    overwrite = command(folder, "mine", "-q", "--overwrite", recipe="rtn(bits=4, group_size=32)")
-    assert main(overwrite) == 0
-    assert read_report(folder, "mine")["recipe"].startswith("rtn(bits=4")
+    assert main(command(folder, "mine", "-q", "--seed", "5", "--overwrite", recipe=RTN)) == 0
+    assert read_report(folder, "mine")["seed"] == 5
     assert (backup / "notes.txt").read_text() == "not yours"
     leftovers = {path.name for path in folder.iterdir() if path.name.startswith(".")}
     assert leftovers == set()
@@ -158,19 +160,19 @@ def test_an_artifact_is_replaced_only_when_told_to_and_by_the_new_one(folder, ca
 
 def test_settings_come_from_the_file_then_flags_then_set(folder, capfd):
     config = folder / "c.yaml"
-    config.write_text("recipe: rtn(bits=4, group_size=32)\nseed: 5\nwindows: 4\nseqlen: 16\n")
+    config.write_text(f"recipe: {RTN}\nseed: 5\nwindows: 4\nseqlen: 16\n")
     arguments = ["compress", folder / "model", folder / "cfg", "--calib", folder / "calib.npy",
                  "--config", config, "--windows", 6, "--set", "seed=7", "-q"]  # fmt: skip
     assert main([str(word) for word in arguments]) == 0
     report = read_report(folder, "cfg")
     assert report["seed"] == 7
-    assert report["recipe"].startswith("rtn(bits=4, group_size=32")
+    assert report["recipe"].startswith("rtn(bits=3, group_size=32")
     assert report["stages"][0]["protocol"] == "calib-val/16"
     assert report["stages"][0]["tokens"] == 15  # of 6 windows, one is for validation
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(folder, capfd, monkeypatch):
-    recipe, save_block = "rtn(bits=3, group_size=32)", Run.save_block
+    save_block = Run.save_block
 
     def save_and_interrupt(run, phase, number, tree):
         save_block(run, phase, number, tree)
@@ -179,15 +181,15 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(folder, capfd, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save_block", save_and_interrupt)
-        assert main(command(folder, "broken", "-q", recipe=recipe)) == 130
+        assert main(command(folder, "broken", "-q", recipe=RTN)) == 130
     assert not (folder / "broken").exists()
     err = capfd.readouterr().err
     assert "broken.partial keeps what is finished" in err and "--resume" in err
     assert "Traceback" not in err
     assert main(["inspect", str(folder / "broken")]) == 0
     assert "0 phases, and 2 blocks" in capfd.readouterr().out
-    assert main(command(folder, "broken", "-q", "--resume", recipe=recipe)) == 0
-    assert main(command(folder, "whole", "-q", recipe=recipe)) == 0
+    assert main(command(folder, "broken", "-q", "--resume", recipe=RTN)) == 0
+    assert main(command(folder, "whole", "-q", recipe=RTN)) == 0
     assert hash_folder(folder / "broken")[WEIGHTS] == hash_folder(folder / "whole")[WEIGHTS]
 
 

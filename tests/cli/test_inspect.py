@@ -10,12 +10,12 @@ from lqec_jax.cli import main
 from lqec_jax.core.tree import get_at, set_at, stack_blocks, unstack_blocks
 from lqec_jax.io.run import Run
 from lqec_jax.io.tensor_file import read_header
-from tests.golden.tiny_checkpoint import SEQLEN, make_tokens, write_checkpoint
+from tests.golden.tiny_checkpoint import RTN, SEQLEN, make_tokens, write_checkpoint
 from tests.golden.tiny_weights import make_weights
 
-RECIPE = "rtn(bits=2, group_size=32) | svd(rank=3)"
-# Bits a weight [32, 64]: codes, a 16-bit scale and a 2-bit zero a group, factors of 16 bits.
-UP_BITS = 2 + 16 / 32 + 2 / 32 + 16 * 3 * (32 + 64) / (32 * 64)
+RECIPE = f"{RTN} | svd(rank=3)"
+# Bits a weight [32, 64]: codes, a 16-bit scale and a 3-bit zero a group, factors of 16 bits.
+UP_BITS = 3 + 16 / 32 + 3 / 32 + 16 * 3 * (32 + 64) / (32 * 64)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_an_artifact_is_described_from_its_headers(folder, capsys):
     up = [entry.bytes for name, entry in entries.items() if ".mlp.up." in name]
     assert rows["mlp/up"]["stored_bytes"] == sum(up)
     assert rows["mlp/up"]["bits_per_weight"] == pytest.approx(UP_BITS)
-    assert rows["mlp/up"]["format"] == "affine(bits=2, group_size=32) + low_rank(rank=3)"
+    assert rows["mlp/up"]["format"] == "affine(bits=3, group_size=32) + low_rank(rank=3)"
     report = json.loads((folder / "out" / "report.json").read_text())
     assert facts["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
     assert facts["recipe"] == report["recipe"]
@@ -75,7 +75,7 @@ def test_weights_of_two_makes_are_two_rows(folder, capsys):
     facts = inspect(folder / "mixed", capsys)
     rows = [row for row in facts["linears"] if row["path"] == "attn/q"]
     assert [(row["format"], row["count"]) for row in rows] == [
-        ("affine(bits=2, group_size=32) + low_rank(rank=3)", 2),
+        ("affine(bits=3, group_size=32) + low_rank(rank=3)", 2),
         ("affine(bits=8, group_size=16)", 1),
     ]
     assert rows[1]["bits_per_weight"] == pytest.approx(8 + 16 / 16 + 8 / 16)
@@ -87,7 +87,7 @@ def test_tables_say_the_same_to_people(folder, capsys):
     assert "llama, 31968 parameters" in out
     assert "3 layers, d_model 32, d_ff 64, 4 heads (2 for keys and values), 64 tokens" in out
     assert f"{UP_BITS:.4f}" in out
-    assert "recipe: rtn(bits=2, group_size=32" in out and "teacher" in out
+    assert "recipe: rtn(bits=3, group_size=32" in out and "teacher" in out
     assert main(["inspect", str(folder / "model")]) == 0
     assert "3 x [32, 64]" in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_an_unfinished_run_is_found_by_either_name(folder, capsys, monkeypatch):
     facts = inspect(folder / "new.partial", capsys)
     assert (facts["kind"], facts["phase"], facts["blocks"]) == ("run", 0, 2)
     assert facts["settings"]["seed"] == 3
-    assert facts["settings"]["recipe"].startswith("rtn(bits=2, group_size=32")
+    assert facts["settings"]["recipe"].startswith("rtn(bits=3, group_size=32")
     files = (folder / "new.partial").rglob("*")
     assert facts["stored_bytes"] == sum(f.stat().st_size for f in files if f.is_file())
     assert inspect(folder / "new", capsys) == facts

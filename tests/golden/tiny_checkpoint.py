@@ -23,6 +23,12 @@ RAW = {
     "tie_word_embeddings": False,
 }
 SEQLEN = 32
+# One recipe for every test that trains, so that its update is compiled once.
+RTN = "rtn(bits=3, group_size=32)"
+RILQ = (
+    "rilq(rank=2, updates=40, batch=4, eval_every=10, patience=0, lr=0.001, model_weight=1.0, "
+    "token_weight=0.0)"
+)
 
 
 def write_checkpoint(folder: Path, seed: int = 0, **changes) -> Path:
