@@ -1,7 +1,7 @@
 """`lqec compress`: the main job, and what it would make (`--dry-run`)."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="[default: 0]")]
 Dtype = Annotated[str | None, typer.Option(metavar="D",
     help="Of activations: float32, bfloat16 or auto. [default: auto]")]  # fmt: skip
 Mesh = Annotated[str | None, typer.Option(metavar="data=2,model=4",
-    help="Devices to split windows and weights over. [default: one device]")]  # fmt: skip
+    help="Devices, or cores of a CPU, to split the work over. [default: one]")]  # fmt: skip
 Eval = Annotated[str | None, typer.Option("--eval", metavar="TEXT",
     help="What the stages are scored on. [default: the validation windows]")]  # fmt: skip
 Config = Annotated[str | None, typer.Option(metavar="FILE",
@@ -98,9 +98,24 @@ def _arguments(chosen) -> dict[str, Any]:
     """Returns a configuration as keyword arguments of `api.compress`, its mesh made of devices."""
     from lqec_jax.train.sharding import make_mesh
 
-    mesh = None if chosen.mesh is None else make_mesh(chosen.mesh.data, chosen.mesh.model)
+    mesh = None
+    if chosen.mesh is not None:
+        _split_cpu(chosen.mesh.data * chosen.mesh.model)
+        mesh = make_mesh(chosen.mesh.data, chosen.mesh.model)
     names = ("seqlen", "windows", "val_ratio", "seed", "eval", "dtype")
     return {name: getattr(chosen, name) for name in names} | {"mesh": mesh}
+
+
+def _split_cpu(count: int) -> None:
+    """Lets a CPU be as many devices as a mesh wants, a core each; nothing to an accelerator."""
+    import os
+
+    import jax
+
+    # Refused once JAX has looked at its devices; then the mesh says how many there are.
+    if count <= (os.cpu_count() or 1):
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lqec_jax.core.types import ModelFns, ModelProblem, ModelSolution, Params, S
 from lqec_jax.errors import InputError
 from lqec_jax.train.fit import Objective, Schedule, fit
 from lqec_jax.train.losses import rilq_terms
+from lqec_jax.train.sharding import DATA
 from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear, LowRank
 
@@ -145,14 +146,13 @@ def train_adapters(problem: ModelProblem, settings: dict[str, Any]) -> ModelSolu
     Cost: a forward and a backward pass an update; weights stay packed.
     """
     init_key, order_key = jax.random.split(problem.key)
-    params = map_linears(
-        problem.fns,
-        problem.params,
-        lambda leaf, n: _with_adapter(leaf, settings["rank"], jax.random.fold_in(init_key, n)),
-    )
+
+    def start(leaf: CompressedLinear, number: int) -> CompressedLinear:
+        return _with_adapter(leaf, settings["rank"], jax.random.fold_in(init_key, number))
+
     fitted = fit(
         problem.fns,
-        params,
+        map_linears(problem.fns, problem.params, start),
         make_objective(problem, settings),
         make_optimizer(settings, width=problem.teacher.shape[-1]),
         _make_schedule(problem, settings),
@@ -161,15 +161,27 @@ def train_adapters(problem: ModelProblem, settings: dict[str, Any]) -> ModelSolu
         session=problem.session,
     )
     dtype = jnp.dtype(settings["dtype"])
-    params = map_linears(problem.fns, fitted.params, lambda leaf, _: _stored(leaf, dtype))
+
+    def keep(leaf: CompressedLinear, number: int) -> CompressedLinear:
+        # Given adapters that no update improved stay as they are, to the bit.
+        return leaf if _adapters(leaf) else _stored(start(leaf, number), dtype)
+
+    def store(leaf: CompressedLinear, _) -> CompressedLinear:
+        return _stored(leaf, dtype)
+
+    if fitted.best_update == 0:
+        params = map_linears(problem.fns, problem.params, keep)
+    else:
+        params = map_linears(problem.fns, fitted.params, store)
     return ModelSolution(params, fitted.history, fitted.best_update, fitted.notes)
 
 
 def _make_schedule(problem: ModelProblem, settings: dict[str, Any]) -> Schedule:
     accumulate = settings["accumulate"]
-    if accumulate is None:  # a mesh wants whole batches to split
+    if accumulate is None:
         length = problem.train.shape[1]
-        accumulate = 1 if problem.mesh else count_parts(settings["batch"], length)
+        sharers = problem.mesh.shape[DATA] if problem.mesh else 1
+        accumulate = count_parts(settings["batch"], length, sharers)
     return Schedule(
         updates=settings["updates"],
         batch=settings["batch"],
@@ -243,8 +255,7 @@ def map_linears(fns: ModelFns, params: Params, change: Callable) -> Params:
 
 
 def _with_adapter(leaf: CompressedLinear, rank, key: jax.Array) -> CompressedLinear:
-    present = [c for c in leaf.corrections if isinstance(c, LowRank)]
-    if present:
+    if present := _adapters(leaf):
         ranks = [c.rank for c in present]
         if rank is not None and [resolve_rank("rilq", rank, leaf.d_in, leaf.d_out)] != ranks:
             raise InputError(
@@ -256,6 +267,10 @@ def _with_adapter(leaf: CompressedLinear, rank, key: jax.Array) -> CompressedLin
     a = jax.random.normal(key, (*leaf.stack_shape, leaf.d_in, r)) / r
     adapter = LowRank(a, jnp.zeros((*leaf.stack_shape, r, leaf.d_out)))
     return dataclasses.replace(leaf, corrections=(*leaf.corrections, adapter))
+
+
+def _adapters(leaf: CompressedLinear) -> list[LowRank]:
+    return [c for c in leaf.corrections if isinstance(c, LowRank)]
 
 
 def _stored(leaf: CompressedLinear, dtype) -> CompressedLinear:

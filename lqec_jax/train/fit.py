@@ -21,7 +21,7 @@ from lqec_jax.core.tree import combine, partition
 from lqec_jax.core.types import Evaluation, ModelFns, Params
 from lqec_jax.errors import InputError
 from lqec_jax.train import sharding
-from lqec_jax.train.update import TrainState, init_state, make_update
+from lqec_jax.train.update import TrainState, choose_options, init_state, make_update
 
 
 class Session(Protocol):
@@ -144,7 +144,11 @@ def fit(
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         state, state_sharding, notes = _place(fns, params, optimizer, objective.select, mesh)
         update = make_update(
-            objective.loss, optimizer, accumulate=schedule.accumulate, state_sharding=state_sharding
+            objective.loss,
+            optimizer,
+            accumulate=schedule.accumulate,
+            state_sharding=state_sharding,
+            compiler_options=choose_options(len(params.get("blocks", ()))),
         )
         evaluate = partial(_evaluate, jax.jit(objective.loss), objective, schedule, mesh)
         state, best, progress = _begin(state, evaluate, session)

@@ -11,10 +11,7 @@ import optax
 from lqec_jax.core.tree import combine, partition
 from lqec_jax.core.types import Params
 
-# The default order runs whatever is ready. Segments of one block are no loop to XLA, so that order
-# recomputes all their activations at once and holds them: 166 MiB against 40 for six blocks, and
-# slower.
-CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+LEAN = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @jax.tree_util.register_dataclass
@@ -57,15 +54,19 @@ def init_state(
 CPU_TOKENS = 512
 
 
-def count_parts(batch: int, length: int) -> int:
+def count_parts(batch: int, length: int, devices: int = 1) -> int:
     """Returns in how many equal parts to walk a batch of windows: 1 but on a CPU.
 
-    There it is the fewest that leave at most `CPU_TOKENS` tokens a part, or one window a part.
+    There it is the fewest that leave each of the devices that share a batch at most `CPU_TOKENS`
+    tokens a part, or one window.
     """
     if jax.default_backend() != "cpu":
         return 1
-    divisors = (parts for parts in range(1, batch + 1) if batch % parts == 0)
-    return next((n for n in divisors if batch // n * length <= CPU_TOKENS), batch)
+    if batch % devices:
+        return 1
+    share = batch // devices
+    parts = (n for n in range(1, share + 1) if share % n == 0)
+    return next((n for n in parts if share // n * length <= CPU_TOKENS), share)
 
 
 def make_update(
@@ -74,6 +75,7 @@ def make_update(
     *,
     accumulate: int = 1,
     state_sharding: Any = None,
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable:
     """Builds (state, batch) -> (state, metrics).
 
@@ -85,6 +87,8 @@ def make_update(
       state_sharding: a TrainState of shardings for a mesh. Pinned for input and output both: left
         to itself XLA returns trained arrays in another layout than they came in, and neither
         donation nor the next call's cache hit happens.
+      compiler_options: XLA's, see `choose_options`. An update with any may not be called from
+        inside another compiled program.
     Returns:
       A compiled function. The state given to it is donated: use the one it returns. Metrics are the
       loss function's dict, with 'loss' and 'grad_norm'.
@@ -105,7 +109,7 @@ def make_update(
         return TrainState(state.step + 1, train, state.frozen, opt_state), metrics
 
     if state_sharding is None:
-        return _compile(update)
+        return jax.jit(update, donate_argnums=0, compiler_options=compiler_options)
     mesh = jax.tree.leaves(state_sharding)[0].mesh.abstract_mesh
 
     def update_on_mesh(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
@@ -114,23 +118,24 @@ def make_update(
             return update(state, batch)
 
     pinned = (state_sharding, None)
-    return _compile(update_on_mesh, in_shardings=pinned, out_shardings=pinned)
+    return jax.jit(
+        update_on_mesh,
+        donate_argnums=0,
+        in_shardings=pinned,
+        out_shardings=pinned,
+        compiler_options=compiler_options,
+    )
 
 
-def _compile(update: Callable, **shardings: Any) -> Callable:
-    """Returns the update jit-compiled, to be called by itself or from inside another program."""
-    inner = jax.jit(update, donate_argnums=0, **shardings)
-    if jax.default_backend() != "cpu":
-        return inner
-    outer = jax.jit(update, donate_argnums=0, compiler_options=CPU_OPTIONS, **shardings)
+def choose_options(segments: int) -> dict[str, str] | None:
+    """Returns what to ask of XLA for a model of so many segments; None is nothing.
 
-    def call(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
-        # A program inside another may not have compiler options of its own.
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch)))
-        return (inner if traced else outer)(state, batch)
-
-    call.lower = outer.lower
-    return call
+    XLA's order for CPUs runs whatever is ready. A segment is a loop and runs as one; segments of
+    one block are no loops, and that order recomputes all their activations at once and holds them:
+    166 MiB against 40 for six blocks. The lean order runs one operation after another, which costs
+    a model of one segment a quarter of its wall time on two cores.
+    """
+    return LEAN if segments > 1 and jax.default_backend() == "cpu" else None
 
 
 def _deal(x: jax.Array, parts: int) -> jax.Array:

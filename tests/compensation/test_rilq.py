@@ -223,6 +223,25 @@ def test_training_that_only_harms_returns_the_bare_model(problem, student):
     assert np.abs(draws[0][0] - draws[0][1]).max() > 0.1  # and each layer
 
 
+def test_training_that_only_harms_keeps_given_adapters_to_the_bit(problem):
+    # Factors that storing would change: unbalanced, and float32.
+    def with_lopsided(w):
+        leaf = with_svd(w)
+        (adapter,) = leaf.corrections
+        return CompressedLinear(leaf.base, (LowRank(3 * adapter.a, adapter.b / 3),))
+
+    given = compress(with_lopsided)
+    assert all(np.abs(leaf.corrections[0].a.astype(jnp.float16) - leaf.corrections[0].a).max() > 0
+               for leaf in kernels(given))  # fmt: skip
+    own_answer = np.asarray(jax.jit(FNS.hidden)(given, problem.val)[0])
+    teacher = np.concatenate([problem.teacher[:TRAIN], own_answer])
+    other = dataclasses.replace(problem, params=given, teacher=teacher)
+    solution = rilq(**TRAINING).run(other)
+    assert solution.best_update == 0
+    for a, b in zip(jax.tree.leaves(solution.params), jax.tree.leaves(given), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def test_an_adapter_already_there_is_the_one_trained(problem):
     warm = dataclasses.replace(problem, params=compress(with_svd))
     solution = rilq(**TRAINING).run(warm)

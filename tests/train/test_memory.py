@@ -9,7 +9,7 @@ import pytest
 
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.train.losses import rilq_terms
-from lqec_jax.train.update import init_state, make_update
+from lqec_jax.train.update import choose_options, init_state, make_update
 from lqec_kernels.formats import Affine
 from lqec_kernels.reference import tiled_matmul
 from tests.train.tiny import GROUP, draw_decoder, draw_plain, make_config, plain_fns
@@ -18,7 +18,7 @@ from tests.train.tiny import GROUP, draw_decoder, draw_plain, make_config, plain
 BOUND = 0.15
 # Machine code is not looked at, and takes half of the compile time to optimize.
 FAST = {"xla_backend_optimization_level": 0}
-# What XLA does for a program that does not ask for another order, as `make_update` does.
+# What XLA does for a program that asks for no other order.
 DEFAULT_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"}
 PRODUCT = "lqec_kernels.api.tiled_matmul"
 # Not the cached function: what it traced before may hold another product.
@@ -42,7 +42,8 @@ def lower_update(fns, params, tokens: int, d: int):
         "tokens": jax.ShapeDtypeStruct((1, tokens), jnp.int32),
         "teacher": jax.ShapeDtypeStruct((1, tokens, d), jnp.float32),
     }
-    return make_update(loss, optimizer).lower(state, batch)
+    options = choose_options(len(params["blocks"]))
+    return make_update(loss, optimizer, compiler_options=options).lower(state, batch)
 
 
 def temp_bytes(lowered, **options: str) -> int:

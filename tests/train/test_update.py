@@ -12,7 +12,13 @@ import lqec_jax.train
 from lqec_jax.core.tree import combine, partition
 from lqec_jax.errors import InputError
 from lqec_jax.train import update as module
-from lqec_jax.train.update import TrainState, init_state, make_update
+from lqec_jax.train.update import (
+    TrainState,
+    choose_options,
+    count_parts,
+    init_state,
+    make_update,
+)
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from tests.train.tiny import Problem, adapters, make_plain_problem
 
@@ -181,6 +187,22 @@ def test_accumulated_gradients_are_a_mean():
     gradient = (x.sum(1, keepdims=True) * (x - 1)).sum(0) * 2 / x.size
     np.testing.assert_allclose(state.train["w"].corrections[0].b[0], -gradient, rtol=1e-6)
     assert float(metrics["loss"]) == pytest.approx(np.mean((x - 1) ** 2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "devices", "parts"),
+    [(8, 256, 1, 4), (8, 64, 1, 1), (8, 4096, 1, 8), (8, 256, 2, 2), (8, 4096, 2, 4),
+     (6, 200, 1, 3), (3, 4096, 2, 1)],
+)  # fmt: skip
+def test_a_batch_is_walked_in_parts_that_every_device_can_share(batch, length, devices, parts):
+    assert count_parts(batch, length, devices) == parts
+    assert batch % parts == 0 and (batch // parts % devices == 0 or parts == 1)
+
+
+def test_one_segment_is_compiled_in_the_usual_order_and_several_in_the_lean_one():
+    assert choose_options(1) is None
+    (name, value), = choose_options(2).items()  # fmt: skip
+    assert name == "xla_cpu_scheduler_type" and value.endswith("MEMORY_OPTIMIZED")
 
 
 def test_it_may_be_called_from_inside_another_program():

@@ -24,7 +24,7 @@ from lqec_jax.core.types import ModelProblem
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.train.sharding import make_mesh
-from lqec_jax.train.update import init_state, make_update
+from lqec_jax.train.update import count_parts, init_state, make_update
 from lqec_kernels import CompressedLinear, LowRank
 
 WINDOWS_PER_UPDATE = 8
@@ -68,9 +68,8 @@ def measure(args: argparse.Namespace) -> dict:
         placed = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
         state = jax.device_put(state, placed)
     by_window = NamedSharding(mesh, PartitionSpec("data"))
-    update = make_update(
-        objective.loss, optimizer, accumulate=args.accumulate, state_sharding=placed
-    )
+    parts = args.accumulate or count_parts(WINDOWS_PER_UPDATE, t, args.devices)
+    update = make_update(objective.loss, optimizer, accumulate=parts, state_sharding=placed)
     wall, cpu, losses = [], [], []
     batches = len(windows) // WINDOWS_PER_UPDATE
     for i in range(args.updates):
@@ -91,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict:
         "updates": args.updates,
         "warmup": args.warmup,
         "rank": args.rank,
-        "accumulate": args.accumulate,
+        "accumulate": parts,
         "devices": args.devices,
         "remat": args.remat,
         "peak_rss_mb": peak_rss_mb(),
@@ -111,7 +110,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--accumulate", type=int, help="parts of a batch; else as RILQ does")
     parser.add_argument("--devices", type=int, default=1, help="simulated; windows are split")
     parser.add_argument("--remat", action="store_true")
     return parser.parse_args(argv)
