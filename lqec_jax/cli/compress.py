@@ -154,68 +154,23 @@ def _print_report(report: Mapping[str, Any], out: Path) -> None:
 
 
 def _dry_run(model, out: Path, chosen, *, resume, overwrite, json) -> None:
-    from lqec_jax.cli.printing import STDOUT, check_json, write_json
+    from lqec_jax.cli.plan import print_plan
+    from lqec_jax.cli.printing import STDOUT, check_json, print_line, write_json
     from lqec_jax.io.run import check_run
+    from lqec_jax.planning.plan import plan
     from lqec_jax.prepare import prepare
 
     check_json(json)
     check_run(out, resume=resume, overwrite=overwrite)
     arguments = _arguments(chosen)
     del arguments["mesh"]  # made, so it is possible
-    sizes = _sizes(prepare(model, chosen.recipe, chosen.calib, **arguments))
+    job = prepare(model, chosen.recipe, chosen.calib, **arguments)
+    names = ("seqlen", "windows", "val_ratio")
+    facts = plan(model, job.recipe, **{name: getattr(chosen, name) for name in names})
+    facts |= {"calibration": job.text_in_words}
     if json is not None:
-        write_json(json, sizes)
+        write_json(json, facts)
     if json != STDOUT:
-        _print_sizes(sizes, out)
-
-
-def _sizes(job) -> dict[str, Any]:
-    """Returns what a job's artifact will weigh, from shapes alone."""
-    from lqec_jax.core.tree import get_at
-    from lqec_jax.io.leaves import name_format
-
-    layers, block = job.source.config.layers, job.source.block(0)
-    linears = [
-        {
-            "path": path,
-            "count": layers,
-            "d_in": leaf.d_in,
-            "d_out": leaf.d_out,
-            "format": name_format(leaf),
-            "bits_per_weight": leaf.bits_per_weight,
-            "stored_bytes": layers * leaf.stored_bits() // 8,
-        }
-        for path, leaf in job.leaves.items()
-    ]
-    weights = sum(layers * linear["d_in"] * linear["d_out"] for linear in linears)
-    stored = sum(linear["stored_bytes"] for linear in linears)
-    dense = sum(get_at(block, f"{path}/kernel").nbytes for path in job.leaves)
-    return {
-        "recipe": str(job.recipe),
-        "calibration": job.text_in_words,
-        "bits_per_weight": 8 * stored / weights,
-        "stored_bytes": stored,
-        "dense_bytes": layers * dense,
-        "kept_bytes": _bytes(job.source.outer) + layers * (_bytes(block) - dense),
-        "linears": linears,
-    }
-
-
-def _bytes(tree: Any) -> int:
-    import jax
-
-    return sum(array.nbytes for array in jax.tree.leaves(tree))
-
-
-def _print_sizes(sizes: Mapping[str, Any], out: Path) -> None:
-    from lqec_jax.cli.printing import format_bytes, print_line, print_linears
-
-    print_linears(sizes["linears"])
-    print_line(
-        f"{sizes['bits_per_weight']:.4f} bits per weight: {format_bytes(sizes['stored_bytes'])}, "
-        f"from {format_bytes(sizes['dense_bytes'])}"
-    )
-    print_line(f"kept as they are (embedding, norms, head): {format_bytes(sizes['kept_bytes'])}")
-    print_line(sizes["calibration"])
-    print_line(f"recipe: {sizes['recipe']}")
-    print_line(f"nothing was computed or written; leave out --dry-run to make {out}")
+        print_plan(facts)
+        print_line(job.text_in_words)
+        print_line(f"nothing was computed or written; leave out --dry-run to make {out}")

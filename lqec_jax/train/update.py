@@ -54,13 +54,13 @@ def init_state(
 CPU_TOKENS = 512
 
 
-def count_parts(batch: int, length: int, devices: int = 1) -> int:
+def count_parts(batch: int, length: int, devices: int = 1, backend: str | None = None) -> int:
     """Returns in how many equal parts to walk a batch of windows: 1 but on a CPU.
 
     There it is the fewest that leave each of the devices that share a batch at most `CPU_TOKENS`
-    tokens a part, or one window.
+    tokens a part, or one window. `backend` is JAX's own unless given.
     """
-    if jax.default_backend() != "cpu":
+    if (backend or jax.default_backend()) != "cpu":
         return 1
     if batch % devices:
         return 1

@@ -1,0 +1,1 @@
+"""What a compression will take, from config.json and file headers alone."""

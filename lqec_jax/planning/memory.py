@@ -1,0 +1,155 @@
+"""Peak memory of a run, as a sum of parts that each have a name and a reason.
+
+The parts are arrays whose sizes are known; what XLA holds besides is a few coefficients, fitted to
+compiled updates (`memory_analysis`) of widths 128 to 4096 and to the resident sizes of whole runs.
+On a CPU host and device are one memory, and the host's peak holds both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lqec_jax.driver import REMAT_BYTES, STREAM_TOKENS
+from lqec_jax.planning.sizes import Sizes
+from lqec_jax.recipe import Recipe
+from lqec_jax.train.losses import VOCAB_CHUNK
+from lqec_jax.train.update import count_parts
+from lqec_kernels.reference import TILE_ELEMENTS
+
+# Python, JAX and their libraries, and the compiler at work: for a forward pass, and for an update
+# besides. Measured on a CPU.
+PROCESS, TRAINING = 480 * 10**6, 450 * 10**6
+# What a GPU's or TPU's runtime takes of its host besides. Assumed.
+RUNTIME = 1500 * 10**6
+# Copies of one linear, in float32, while it is quantized: the weight, its groups, codes, error.
+COPIES = 5
+# Trained numbers held in float32: weights, two moments, the best so far; gradients while an update
+# runs, once for the sum and once for a part of the batch.
+KEPT, PASSING = 4, 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """How many windows a run reads, `score` of them to be measured on, of `seqlen` tokens."""
+
+    seqlen: int
+    windows: int
+    score: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run: its parts in bytes, by name, on the host and on the device."""
+
+    name: str
+    host: Mapping[str, int]
+    device: Mapping[str, int]
+
+
+def estimate_phases(
+    sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool, one_window: bool = False
+) -> list[Phase]:
+    """Returns every phase with its parts.
+
+    Args:
+      one_window: training walks a batch one window at a time, `accumulate` equal to `batch`.
+    """
+    phases = [_stream(sizes, recipe, text, on_cpu)]
+    training = [step for step in recipe.steps if step.scope == "model"]
+    return phases + [
+        _train(sizes, step.name, step.arguments, text, on_cpu, one_window) for step in training
+    ]
+
+
+def host_peak(phases: list[Phase], *, on_cpu: bool) -> int:
+    """Returns the host's peak; on a CPU the device's parts lie in it."""
+    held = [sum(p.host.values()) + (sum(p.device.values()) if on_cpu else 0) for p in phases]
+    return PROCESS + (0 if on_cpu else RUNTIME) + max(held)
+
+
+def device_peak(phases: list[Phase]) -> int:
+    return max(sum(phase.device.values()) for phase in phases)
+
+
+def run_bytes(sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool) -> int:
+    """Returns what OUT.partial holds at most: streams, blocks of every phase, one checkpoint."""
+    teacher = 2 * _slot(sizes, text.windows, text, on_cpu)
+    student = 2 * _slot(sizes, text.windows if recipe.needs else text.score, text, on_cpu)
+    phases = len(recipe.phases)
+    trained = 4 * sizes.adapters if any(s.scope == "model" for s in recipe.steps) else 0
+    return teacher + student + phases * sizes.config.layers * sizes.block + KEPT * trained
+
+
+def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
+    width = _compute_bytes(on_cpu)
+    tokens = min(STREAM_TOKENS, text.windows * text.seqlen) // text.seqlen * text.seqlen
+    host = {
+        "embedding, norm and head": sizes.outer,
+        "one dense block": sizes.dense_block,
+        "both ends of a stream, as mapped files": 2 * _slot(sizes, text.windows, text, on_cpu),
+    }
+    device = {
+        "embedding, norm and head": sizes.outer,
+        "one dense block": sizes.dense_block,
+        "one compressed block": sizes.block,
+        "a linear being quantized": COPIES * 4 * sizes.largest,
+        "activations": max(tokens, text.seqlen) * _forward_width(sizes) * width,
+    }
+    return Phase(" | ".join(s.name for s in recipe.steps if s.scope != "model"), host, device)
+
+
+def _train(
+    sizes: Sizes, name: str, arguments: Mapping[str, Any], text: Text, on_cpu: bool, one: bool
+) -> Phase:
+    width, trained = _compute_bytes(on_cpu), 4 * sizes.adapters
+    batch = arguments["batch"]
+    parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
+    at_once = 1 if one else batch // parts
+    tokens, config = at_once * text.seqlen, sizes.config
+    block = _block_width(sizes) * width
+    # As `driver` chooses: blocks are recomputed where keeping them would take too much.
+    all_kept = 4 * batch * text.seqlen * config.layers * _block_width(sizes)
+    inputs = config.layers * config.d_model * width
+    kept = inputs + block if all_kept > REMAT_BYTES else config.layers * block
+    chunk = min(config.vocab_size, VOCAB_CHUNK)
+    head = chunk * config.d_model * 4 if config.vocab_size > VOCAB_CHUNK else 0
+    host = {
+        "compiling an update": TRAINING,
+        "embedding, norm and head": sizes.outer,
+        "the teacher's answers, as a mapped file": _slot(sizes, text.windows, text, on_cpu),
+        # Blocks are read one by one and stacked, and come back to be written.
+        "the compressed model again, to be read and written": sizes.config.layers * sizes.block,
+    }
+    device = {
+        "the compressed model": sizes.student,
+        "adapters, their moments, the best": KEPT * trained,
+        "gradients": PASSING * trained,
+        "activations": tokens * kept,
+        "logits": tokens * 2 * 4 * chunk + head,
+        "tiles of dense weights": 3 * 4 * min(sizes.largest, TILE_ELEMENTS),
+    }
+    return Phase(name, host, device)
+
+
+def _slot(sizes: Sizes, windows: int, text: Text, on_cpu: bool) -> int:
+    """Returns the bytes of one end of a stream."""
+    return windows * text.seqlen * sizes.config.d_model * _compute_bytes(on_cpu)
+
+
+def _block_width(sizes: Sizes) -> int:
+    """Returns the numbers a block keeps of one token until its backward pass."""
+    config = sizes.config
+    return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
+
+
+def _forward_width(sizes: Sizes) -> int:
+    """Returns the numbers a block holds of one token at once where nothing is differentiated."""
+    return 3 * sizes.config.d_model + 3 * sizes.config.d_ff
+
+
+def _backend(on_cpu: bool) -> str:
+    return "cpu" if on_cpu else "gpu"
+
+
+def _compute_bytes(on_cpu: bool) -> int:
+    return 4 if on_cpu else 2

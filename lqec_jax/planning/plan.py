@@ -1,0 +1,146 @@
+"""The plan of a compression: sizes exact, peaks and time estimated, and which machines hold it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import jax
+
+from lqec_jax.core.arguments import check_int
+from lqec_jax.errors import InputError
+from lqec_jax.planning.accounting import account
+from lqec_jax.planning.machines import MACHINES, Machine
+from lqec_jax.planning.memory import Text, device_peak, estimate_phases, host_peak, run_bytes
+from lqec_jax.planning.sizes import Sizes, measure_model
+from lqec_jax.recipe import Recipe, parse_recipe
+
+# Of a machine's peak arithmetic that a run is assumed to reach, and of its memory that it may hold.
+EFFICIENCY, USABLE = 0.35, 0.92
+SHORTEST = 64  # tokens; a window shorter than that teaches little
+
+
+def plan(
+    model: str,
+    recipe: str | Recipe,
+    *,
+    seqlen: int = 512,
+    windows: int = 320,
+    val_ratio: float = 0.2,
+) -> dict[str, Any]:
+    """Says what `compress` with these arguments will take; reads config.json and file headers.
+
+    Args:
+      model: a folder, with or without weights in it, or a hub id.
+      seqlen, windows, val_ratio: as for `compress`.
+    Returns:
+      Exact: `bits_per_weight, stored_bytes` (linears), `file_bytes` (the artifact's safetensors),
+      `kept_bytes, dense_bytes, linears`. Estimated: `here` (this backend's peaks by phase and
+      part), `run_bytes` (OUT.partial) and `machines`, each with peaks, seconds, `fits` and the
+      smallest `change` that would make it fit. `int21` is that paper's accounting of the model.
+    Raises:
+      InputError: as `compress` for the recipe and the model; a length or a count below its least.
+    Example:
+      >>> plan("models/babyllama", "rtn(bits=2, group_size=32) | rilq(rank=16)")["file_bytes"]
+      745928
+    """
+    recipe = parse_recipe(recipe)
+    check_int("plan", "windows", windows, 1)
+    sizes = measure_model(model, recipe)
+    check_int("plan", "seqlen", seqlen, 2, sizes.config.max_length)
+    if not 0 < val_ratio < 1:
+        raise InputError(f"plan: val_ratio={val_ratio!r}; a fraction between 0 and 1 was wanted")
+    text = Text(seqlen, windows, max(1, round(windows * val_ratio)))
+    on_cpu = jax.default_backend() == "cpu"
+    phases = estimate_phases(sizes, recipe, text, on_cpu=on_cpu)
+    return {
+        "model": str(model),
+        "recipe": str(recipe),
+        "text": asdict(text),
+        "bits_per_weight": sizes.bits_per_weight,
+        "stored_bytes": sizes.linears,
+        "file_bytes": sizes.files,
+        "dense_bytes": sizes.config.layers * _linear_bytes(sizes),
+        "kept_bytes": sizes.dense - sizes.config.layers * _linear_bytes(sizes),
+        "linears": list(sizes.rows),
+        "here": {
+            "backend": jax.default_backend(),
+            "phases": [asdict(phase) for phase in phases],
+            "host_peak_bytes": host_peak(phases, on_cpu=on_cpu),
+            "device_peak_bytes": None if on_cpu else device_peak(phases),
+        },
+        "run_bytes": run_bytes(sizes, recipe, text, on_cpu=on_cpu),
+        "machines": [_judge(machine, sizes, recipe, text) for machine in MACHINES],
+        "int21": account(sizes.config),
+    }
+
+
+def _linear_bytes(sizes: Sizes) -> int:
+    """Returns the bytes of one block's linears as they are stored, dense."""
+    return sizes.weights // sizes.config.layers * sizes.stored_dtype.itemsize
+
+
+def _judge(machine: Machine, sizes: Sizes, recipe: Recipe, text: Text) -> dict[str, Any]:
+    """Says whether a machine holds the run, and what is the smallest change that makes it."""
+    host, device = _peaks(sizes, recipe, text, one_window=False)
+    fits = _holds(machine, host, device)
+    change = None if fits else _find_change(machine, sizes, recipe, text)
+    return {
+        "name": machine.name,
+        "host_bytes": machine.host,
+        "device_bytes": machine.device,
+        "host_peak_bytes": host,
+        "device_peak_bytes": device,
+        "seconds": count_flops(sizes, recipe, text) / (EFFICIENCY * machine.flops),
+        "fits": fits,
+        "change": change,
+    }
+
+
+def _peaks(sizes: Sizes, recipe: Recipe, text: Text, *, one_window: bool) -> tuple[int, int]:
+    phases = estimate_phases(sizes, recipe, text, on_cpu=False, one_window=one_window)
+    return host_peak(phases, on_cpu=False), device_peak(phases)
+
+
+def _holds(machine: Machine, host: int, device: int) -> bool:
+    return host <= USABLE * machine.host and device <= USABLE * machine.device
+
+
+def _find_change(machine: Machine, sizes: Sizes, recipe: Recipe, text: Text) -> str:
+    for words, smaller, one_window in _changes(recipe, text):
+        if _holds(machine, *_peaks(sizes, recipe, smaller, one_window=one_window)):
+            return words
+    return "none that was tried: the model itself is too large for it"
+
+
+def _changes(recipe: Recipe, text: Text) -> Iterator[tuple[str, Text, bool]]:
+    """Yields ever larger changes: of how a batch is walked, then of length, then of the text."""
+    trains = [step for step in recipe.steps if step.scope == "model"]
+    walk = [f"{step.name}(accumulate={step.arguments['batch']})" for step in trains]
+    if walk:
+        yield ", ".join(walk), text, True
+    length = text.seqlen
+    while (length := length // 2) >= SHORTEST:
+        yield ", ".join([*walk, f"seqlen={length}"]), replace(text, seqlen=length), True
+    count, shortest = text.windows, min(text.seqlen, SHORTEST)
+    while (count := count // 2) >= 16:
+        words = ", ".join([*walk, f"seqlen={shortest}", f"windows={count}"])
+        yield words, Text(shortest, count, max(1, count * text.score // text.windows)), True
+
+
+def count_flops(sizes: Sizes, recipe: Recipe, text: Text) -> float:
+    """Counts the multiplications and additions of a run's forward and backward passes.
+
+    2 a weight and token forward; as much again for the inputs' gradient, and where blocks are
+    recomputed; adapters cost little beside that. Quantizing itself is not counted.
+    """
+    config = sizes.config
+    forward = 2 * (sizes.weights + config.vocab_size * config.d_model)
+    tokens = text.windows * text.seqlen
+    walked = tokens + (tokens if recipe.needs else text.score * text.seqlen)
+    total = forward * walked
+    for step in recipe.steps:
+        if step.scope == "model":
+            batch, updates = step.arguments["batch"], step.arguments["updates"]
+            looks = 1 + updates // step.arguments["eval_every"]
+            total += forward * text.seqlen * (3 * batch * updates + looks * text.score)
+    return float(total)

@@ -1,0 +1,162 @@
+"""Sizes to the byte: an artifact's arrays as shapes, named and laid out by what writes them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.types import Params
+from lqec_jax.errors import InputError
+from lqec_jax.io.artifact import name_arrays, shard_arrays
+from lqec_jax.io.files import measure_tensors
+from lqec_jax.io.hf import INDEX, SINGLE, Checkpoint, check_tensors, find_folder, read_json
+from lqec_jax.io.leaves import name_format
+from lqec_jax.linear_steps import preview
+from lqec_jax.models import families
+from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.decoder import model_fns
+from lqec_jax.recipe import Recipe
+from lqec_kernels.formats import CompressedLinear
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a recipe makes of a model, in bytes; nothing of it was read or computed.
+
+    Attributes:
+      weights: of every weight of the linears of all blocks together.
+      linears: stored bytes of those linears.
+      files: bytes of the artifact's safetensors files.
+      dense_block, block: one block's arrays, dense and compressed.
+      outer: embedding, last norm and head.
+      adapters: numbers in low-rank corrections.
+      largest: numbers in the largest linear.
+    """
+
+    config: ModelConfig
+    stored_dtype: np.dtype
+    rows: tuple[dict[str, Any], ...]
+    weights: int
+    linears: int
+    files: int
+    dense_block: int
+    block: int
+    outer: int
+    adapters: int
+    largest: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.linears / self.weights
+
+    @property
+    def dense(self) -> int:
+        return self.outer + self.config.layers * self.dense_block
+
+    @property
+    def student(self) -> int:
+        """Returns the bytes of the whole compressed model's arrays."""
+        return self.outer + self.config.layers * self.block
+
+
+def measure_model(folder: str, recipe: Recipe) -> Sizes:
+    """Measures what `recipe` makes of a checkpoint, from its config.json and headers.
+
+    A folder with a config.json and no weights is measured by its `torch_dtype`.
+
+    Raises:
+      InputError: no such folder or hub id; a config or a header that is not a model this library
+        knows; a step that refuses a shape.
+    """
+    config, dtype = _open(folder)
+    family = families.family(config.family)
+    fns = model_fns(config)
+    shapes = family.block_shapes(config)
+    leaves = preview(fns, {path: shapes[f"{path}/kernel"] for path in fns.linears}, recipe)
+    dense: Params = {}
+    for path, shape in shapes.items():
+        dense = set_at(dense, path, jax.ShapeDtypeStruct(shape, dtype))
+    block = dense
+    for path, leaf in leaves.items():
+        block = set_at(block, f"{path}/kernel", leaf)
+    outer: Params = {}
+    for path, stored in family.outer_tensors(config).items():
+        outer = set_at(outer, path, jax.ShapeDtypeStruct(stored.inner_shape, dtype))
+    return _measure(config, np.dtype(dtype), fns.linears, dense, block, outer)
+
+
+def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params) -> Sizes:
+    kernels = {path: get_at(block, f"{path}/kernel") for path in linears}
+    rows = tuple(_row(path, leaf, config.layers) for path, leaf in kernels.items())
+    params = {**outer, "blocks": ((_stack(block, config.layers)),)}
+    arrays, _ = name_arrays(jax.tree.map(_stand_in, params))
+    adapters = sum(
+        a.size for leaf in kernels.values() for c in leaf.corrections for a in jax.tree.leaves(c)
+    )
+    counts = [leaf.d_in * leaf.d_out for leaf in kernels.values()]
+    return Sizes(
+        config=config,
+        stored_dtype=dtype,
+        rows=rows,
+        weights=config.layers * sum(counts),
+        linears=sum(row["stored_bytes"] for row in rows),
+        files=sum(measure_tensors(shard) for shard in shard_arrays(arrays)),
+        dense_block=_bytes(dense),
+        block=_bytes(block),
+        outer=_bytes(outer),
+        adapters=config.layers * adapters,
+        largest=max(counts),
+    )
+
+
+def _row(path: str, leaf: CompressedLinear, layers: int) -> dict[str, Any]:
+    return {
+        "path": path,
+        "count": layers,
+        "d_in": leaf.d_in,
+        "d_out": leaf.d_out,
+        "format": name_format(leaf),
+        "bits_per_weight": leaf.bits_per_weight,
+        "stored_bytes": layers * leaf.stored_bits() // 8,
+    }
+
+
+def _stack(block: Params, layers: int) -> Params:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), block)
+
+
+def _stand_in(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Returns an array of that shape and dtype which takes no memory."""
+    return np.broadcast_to(np.zeros((), shape.dtype), shape.shape)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(tree))
+
+
+def _open(name: str) -> tuple[ModelConfig, Any]:
+    """Returns the model and the dtype its weights are stored in."""
+    folder = find_folder(name)
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        checkpoint = Checkpoint.open(folder)
+        config = families.read_config(checkpoint.config)
+        family = families.family(config.family)
+        check_tensors(checkpoint, family, config)
+        return config, checkpoint.dtype(family.outer_tensors(config)["embed/embedding"].name)
+    raw = read_json(folder / "config.json")
+    return families.read_config(raw), _named_dtype(folder, raw)
+
+
+def _named_dtype(folder: Any, raw: Mapping[str, Any]) -> Any:
+    name = raw.get("dtype", raw.get("torch_dtype", "float32"))
+    if name not in DTYPES:
+        raise InputError(
+            f"{folder}/config.json: dtype {name!r}, and there are no weights to look at; one of "
+            f"{', '.join(DTYPES)} was wanted"
+        )
+    return jax.numpy.dtype(name)

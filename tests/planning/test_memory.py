@@ -1,0 +1,115 @@
+"""Peaks are sums of named parts: what each part follows, and that XLA's own count agrees."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lqec_jax.models.decoder import model_fns
+from lqec_jax.planning.memory import (
+    PROCESS,
+    RUNTIME,
+    Text,
+    device_peak,
+    estimate_phases,
+    host_peak,
+    run_bytes,
+)
+from lqec_jax.planning.sizes import measure_model
+from lqec_jax.recipe import parse_recipe
+from lqec_jax.train.losses import rilq_terms
+from lqec_jax.train.update import init_state, make_update
+from tests.planning.shapes import LLAMA_7B
+from tests.train.tiny import draw_decoder, make_config
+
+RECIPE = parse_recipe("rtn(bits=2, group_size=64) | rilq(rank=64)")
+TEXT = Text(seqlen=512, windows=320, score=64)
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seven")
+    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
+    return measure_model(str(folder), RECIPE)
+
+
+def phases(sizes, text=TEXT, *, on_cpu=False, one_window=False, recipe=RECIPE):
+    return estimate_phases(sizes, recipe, text, on_cpu=on_cpu, one_window=one_window)
+
+
+def test_seven_billion_parameters_train_beside_their_packed_weights(sizes):
+    stream, train = phases(sizes)
+    assert train.device["the compressed model"] == sizes.student < 2.7e9
+    assert train.device["adapters, their moments, the best"] == 4 * 4 * sizes.adapters
+    assert sizes.adapters == 159_907_840  # rank 64
+    assert stream.device["one dense block"] == sizes.dense_block < 0.05 * sizes.dense
+    assert device_peak([stream, train]) < 12e9 < sizes.dense
+
+
+def test_a_window_at_a_time_takes_an_eighth_of_the_activations(sizes):
+    whole, single = (phases(sizes, one_window=one)[1].device for one in (False, True))
+    assert whole["activations"] == 8 * single["activations"]
+    assert whole["the compressed model"] == single["the compressed model"]
+
+
+def test_streams_grow_with_the_text_and_weights_do_not(sizes):
+    longer = dataclasses.replace(TEXT, windows=640)
+    short, long = phases(sizes)[0], phases(sizes, longer)[0]
+    mapped = "both ends of a stream, as mapped files"
+    assert long.host[mapped] == 2 * short.host[mapped]
+    assert long.device == short.device
+    streams = run_bytes(sizes, RECIPE, longer, on_cpu=False)
+    assert streams > run_bytes(sizes, RECIPE, TEXT, on_cpu=False) > sizes.student
+
+
+def test_on_a_cpu_host_and_device_are_one_memory(sizes):
+    parts = phases(sizes, on_cpu=True)
+    largest = max(sum(p.host.values()) + sum(p.device.values()) for p in parts)
+    assert host_peak(parts, on_cpu=True) == PROCESS + largest
+    apart = phases(sizes)
+    largest = max(sum(phase.host.values()) for phase in apart)
+    assert host_peak(apart, on_cpu=False) == PROCESS + RUNTIME + largest
+
+
+def test_accumulation_is_as_asked_or_as_the_machine_wants_it(sizes):
+    def activations(recipe, on_cpu):
+        parts = phases(sizes, recipe=parse_recipe(recipe), on_cpu=on_cpu)
+        return parts[1].device["activations"]
+
+    plain, four = "rtn(bits=2) | rilq(rank=64)", "rtn(bits=2) | rilq(rank=64, accumulate=4)"
+    assert activations(plain, on_cpu=False) == 4 * activations(four, on_cpu=False)
+    # 512 tokens a part on a CPU, in float32 and not bfloat16.
+    assert activations(plain, on_cpu=True) == 2 * activations(plain, on_cpu=False) // 8
+
+
+def test_xla_counts_as_much_for_an_update(tmp_path):
+    layers, d, t, batch = 6, 256, 128, 4
+    config = make_config(layers, d, 2 * d)
+    shapes = jax.eval_shape(lambda: draw_decoder(config, (2,)))
+    fns = model_fns(config, remat=False)
+
+    def loss(params, batch):
+        return rilq_terms(fns, batch["teacher"], params, batch["tokens"],
+                          model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+
+    optimizer = optax.adam(1e-3)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
+    windows = {"tokens": jax.ShapeDtypeStruct((batch, t), jnp.int32),
+               "teacher": jax.ShapeDtypeStruct((batch, t, d), jnp.float32)}  # fmt: skip
+    lowered = make_update(loss, optimizer).lower(state, windows)
+    fast = {"xla_backend_optimization_level": 0}
+    held = lowered.compile(compiler_options=fast).memory_analysis().temp_size_in_bytes
+    raw = {**LLAMA_7B, "hidden_size": d, "intermediate_size": 2 * d, "num_hidden_layers": layers,
+           "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
+           "head_dim": config.head_dim, "vocab_size": config.vocab_size}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    rank = next(c.a.shape[-1] for c in shapes["blocks"][0]["attn"]["q"]["kernel"].corrections)
+    recipe = parse_recipe(f"rtn(bits=2, group_size=32) | rilq(rank={rank}, batch={batch})")
+    sizes = measure_model(str(tmp_path), recipe)
+    parts = phases(sizes, Text(t, batch, 1), on_cpu=True, recipe=recipe)[1].device
+    planned = sum(parts[name] for name in ("gradients", "activations", "logits"))
+    assert np.log(planned / held) == pytest.approx(0, abs=np.log(1.35))
