@@ -25,6 +25,28 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a config must reach, for people and for the tests; it changes nothing of a run.
+
+    Attributes:
+      source: where the recipe comes from, paper and table.
+      model, text: what it is run on, and what it is then scored on.
+      expected: what the source reports there.
+      ours: what this library measured there, or 'not run'.
+      hardware: what that took.
+      command: the whole command.
+    """
+
+    source: str = ""
+    model: str = ""
+    text: str = ""
+    expected: str = ""
+    ours: str = ""
+    hardware: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
 class CompressConfig:
     """Everything that decides a compression but the model; see `api.compress`."""
 
@@ -37,6 +59,7 @@ class CompressConfig:
     dtype: str = "auto"
     mesh: MeshConfig | None = None
     eval: str | None = None
+    claim: Claim | None = None
 
 
 def resolve(
@@ -131,6 +154,8 @@ def _convert(cls: type, name: Any, value: Any, where: str) -> Any:
         return None
     if kind is MeshConfig:
         return _read_mesh(value, f"{where}{name}")
+    if kind is Claim:
+        return _read_claim(value, f"{where}{name}")
     accepted = int | float if kind is float else kind
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise InputError(f"{where}{name} is {reprlib.repr(value)}; {_KINDS[kind]} was wanted")
@@ -145,6 +170,12 @@ def _read_mesh(value: Any, where: str) -> MeshConfig:
     if not isinstance(value, dict):
         raise InputError(f"{where} is {reprlib.repr(value)}; data=2,model=4 was wanted")
     return _build(MeshConfig, value, f"{where}: ")
+
+
+def _read_claim(value: Any, where: str) -> Claim:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is {reprlib.repr(value)}; source:, expected: ... were wanted")
+    return _build(Claim, value, f"{where}: ")
 
 
 def _kind(cls: type, name: Any, where: str) -> tuple[type, bool]:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lqec_jax.config import CompressConfig, MeshConfig, dump, resolve
+from lqec_jax.config import Claim, CompressConfig, MeshConfig, dump, resolve
 from lqec_jax.errors import InputError
 
 
@@ -27,7 +27,7 @@ def test_defaults_are_those_of_the_verb():
 
     verb = inspect.signature(compress).parameters
     for field in dataclasses.fields(CompressConfig):
-        if field.name not in ("recipe", "calib"):
+        if field.name not in ("recipe", "calib", "claim"):
             assert verb[field.name].default == field.default, field.name
 
 
@@ -38,6 +38,7 @@ def test_what_is_dumped_is_read_back(tmp_path):
         val_ratio=0.25,
         seed=7,
         mesh=MeshConfig(2, 4),
+        claim=Claim(source="a paper, table 1", expected="10.05", ours="not run"),
     )
     file = tmp_path / "c.yaml"
     file.write_text(dump(config))
@@ -50,6 +51,18 @@ def test_what_is_dumped_is_read_back(tmp_path):
 )
 def test_a_mesh_is_text_or_a_mapping(mesh):
     assert resolve({"mesh": mesh}).mesh == MeshConfig(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [("{exspected: 3}", "unknown key 'exspected'.*did you mean 'expected'"),
+     ("{expected: 3}", "a string was wanted"), ("ten", "were wanted")],
+)  # fmt: skip
+def test_a_claim_is_read_as_strictly_as_a_setting(tmp_path, claim, said):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"claim: {claim}\n")
+    with pytest.raises(InputError, match=said):
+        resolve({}, file)
 
 
 def test_a_setting_reaches_into_a_part_that_is_not_there_yet():

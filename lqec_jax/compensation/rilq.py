@@ -36,9 +36,11 @@ REFERENCE = "aiha-lab/RILQ@42e2be2 main.py"
 # most 1250 updates, a look every 25, patience 5.
 PAPER = {"alpha": 16.0, "lr": 1e-4, "updates": 1250, "batch": 8, "weight_decay": 0.0,
          "patience": 5, "eval_every": 25, "decay": "constant"}  # fmt: skip
-# Ours, measured in kernels/bench/rilq_defaults. A learning rate of None is LR_TIMES_WIDTH over the
-# model's width: 2e-3 at 128, the best of a factor-2 grid there; 4e-3 at 64, where 8e-3 did better
-# still; and 6e-5 at 4096, the order of the authors' 1e-4.
+# Ours, measured in kernels/bench/rilq_defaults at rank 16, where alpha/rank is 1. A learning rate
+# of None is LR_TIMES_WIDTH over the model's width: 2e-3 at 128, the best of a factor-2 grid there,
+# and 4e-3 at 64, where 8e-3 did better still. At other ranks it is divided by alpha/rank, so that b
+# moves as far; undivided, rank 2 never gained (kernels/bench/rank_study). At width 4096 and rank 64
+# that is 2.5e-4, the order of the authors' 1e-4.
 OURS = {"alpha": 16.0, "lr": None, "updates": 400, "batch": 8, "weight_decay": 0.0,
         "patience": 5, "eval_every": 25, "decay": "cosine"}  # fmt: skip
 LR_TIMES_WIDTH = 0.256
@@ -73,8 +75,8 @@ def rilq(
       rank: of new adapters, an integer or a fraction of min(d_in, d_out); 64 unless said.
       alpha: the published form is y += (alpha/rank) (x A) B; b is stored with that factor inside
         and moves alpha/rank times as far an update, which is the same training.
-      lr: of Adam (betas 0.9, 0.999); None is 0.256 over the model's width. `decay` brings it to
-        zero by 'cosine' or leaves it 'constant'.
+      lr: of Adam (betas 0.9, 0.999); None is 0.256 / width / (alpha/rank), by which b moves as far
+        at every rank. `decay` brings it to zero by 'cosine' or leaves it 'constant'.
       updates, batch: at most so many updates of so many windows, in `accumulate` equal parts; None
         chooses them, see `train.update.count_parts`.
       weight_decay: decoupled, of both factors.
@@ -217,26 +219,31 @@ def make_optimizer(settings: dict[str, Any], width: int) -> optax.GradientTransf
     The gradient of B is alpha/rank times that of b, and b moves alpha/rank times as far as B.
     Decoupled weight decay shrinks both alike and needs no factor.
     """
-    lr = LR_TIMES_WIDTH / width if settings["lr"] is None else settings["lr"]
+    alpha, lr = settings["alpha"], settings["lr"]
+    into_b = _scale(lambda leaf: LowRank(leaf.a, leaf.b * (alpha / leaf.rank)))
+    moved = into_b
+    if lr is None:  # b moves by the same at every rank, a by more where B counts for less
+        lr = LR_TIMES_WIDTH / width
+        moved = _scale(lambda leaf: LowRank(leaf.a * (leaf.rank / alpha), leaf.b))
     if settings["decay"] == "cosine":
         lr = optax.cosine_decay_schedule(lr, settings["updates"])
-    gamma = _scale_b(settings["alpha"])
     return optax.chain(
-        gamma,
+        into_b,
         optax.scale_by_adam(),
-        gamma,
+        moved,
         optax.add_decayed_weights(settings["weight_decay"]),
         optax.scale_by_learning_rate(lr),
     )
 
 
-def _scale_b(alpha: float) -> optax.GradientTransformation:
-    def scale(correction: LowRank) -> LowRank:
-        return LowRank(correction.a, correction.b * (alpha / correction.rank))
+def _scale(change: Callable[[LowRank], LowRank]) -> optax.GradientTransformation:
+    """Applies `change` to every trained adapter's gradient or update."""
 
     def rescale(updates: Params, _) -> Params:
         is_trained = lambda node: isinstance(node, LowRank) and node.a is not None  # noqa: E731
-        return jax.tree.map(lambda n: scale(n) if is_trained(n) else n, updates, is_leaf=is_trained)
+        return jax.tree.map(
+            lambda node: change(node) if is_trained(node) else node, updates, is_leaf=is_trained
+        )
 
     return optax.stateless(rescale)
 

@@ -326,6 +326,24 @@ def test_training_a_and_b_is_training_the_published_factors(
     assert np.abs(came.b - alpha / rank * b).max() > 1e-2
 
 
+@pytest.mark.parametrize("rank", [2, 32])
+def test_without_a_learning_rate_b_moves_as_far_at_every_rank(rank):
+    width, alpha = 64, 16.0
+    a, b = draw(D, rank, seed=1), draw(rank, FF, seed=2)
+    gradient = {"w": LowRank(draw(D, rank, seed=3), draw(rank, FF, seed=4))}
+
+    def move(lr):
+        optimizer = make_optimizer(rilq(rank=rank, alpha=alpha, lr=lr).arguments, width=width)
+        state = optimizer.init({"w": LowRank(a, b)})
+        return optimizer.update(gradient, state, {"w": LowRank(a, b)})[0]["w"]
+
+    ours, told = move(None), move(module.LR_TIMES_WIDTH / width / (alpha / rank))
+    np.testing.assert_allclose(ours.a, told.a, rtol=1e-5)
+    np.testing.assert_allclose(ours.b, told.b, rtol=1e-5)
+    # Adam's first step is a sign.
+    np.testing.assert_allclose(np.abs(ours.b), module.LR_TIMES_WIDTH / width, rtol=1e-4)
+
+
 def test_the_papers_settings():
     arguments = rilq(preset="paper").arguments
     paper = {"alpha": 16.0, "lr": 1e-4, "updates": 1250, "batch": 8, "eval_every": 25,
