@@ -8,8 +8,12 @@ from typing import Any
 
 _NAMES = {
     "combine": "lqec_jax.core.tree:combine",
+    "compare": "lqec_jax.comparison:compare",
     "compress": "lqec_jax.api:compress",
     "divergence": "lqec_jax.api:divergence",
+    "export": "lqec_jax.api:export",
+    "from_flax": "lqec_jax.io.flax_checkpoint:from_flax",
+    "generate": "lqec_jax.evaluate.generate:generate",
     "InputError": "lqec_jax.errors:InputError",
     "linear": "lqec_jax.core.linear:linear",
     "load": "lqec_jax.api:load",
@@ -18,11 +22,15 @@ _NAMES = {
     "Model": "lqec_jax.models.model:Model",
     "model_fns": "lqec_jax.models.decoder:model_fns",
     "ModelFns": "lqec_jax.core.types:ModelFns",
+    "packed": "lqec_jax.foreign.linen:packed",
     "partition": "lqec_jax.core.tree:partition",
     "perplexity": "lqec_jax.api:perplexity",
+    "plan": "lqec_jax.planning.plan:plan",
     "quantize": "lqec_jax.api:quantize",
+    "quantize_tree": "lqec_jax.foreign.quantize:quantize_tree",
     "save": "lqec_jax.api:save",
     "train": "lqec_jax.train",
+    "verify": "lqec_jax.api:verify",
 }
 
 __all__ = sorted(_NAMES)

@@ -17,9 +17,13 @@ from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.driver import Driver
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
+from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.report import build_report
 from lqec_jax.io.artifact import is_artifact, load_artifact, save_artifact, write_artifact
+from lqec_jax.io.export import Exported, export_model, read_record
+from lqec_jax.io.flax_checkpoint import is_flax_checkpoint, load_flax_checkpoint
 from lqec_jax.io.run import Run, check_run
+from lqec_jax.io.verify import Verified, verify_export
 from lqec_jax.linear_steps import apply_steps
 from lqec_jax.models.model import Model
 from lqec_jax.prepare import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
@@ -30,6 +34,8 @@ from lqec_kernels.formats import CompressedLinear, Dense
 def load(path: str | Path, dtype: str = "auto") -> Model:
     """Loads a Hugging Face folder, a hub id, or an artifact; compressed weights stay packed.
 
+    A folder with flax_model.msgpack for weights, as transformers 4 wrote them, is one too.
+
     Args:
       dtype: of activations: 'float32', 'bfloat16', or 'auto', float32 on a CPU and bfloat16
         elsewhere.
@@ -38,6 +44,8 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
     """
     if is_artifact(path):
         return load_artifact(path, resolve_dtype(dtype))
+    if is_flax_checkpoint(path):
+        return load_flax_checkpoint(path, resolve_dtype(dtype))
     source, checkpoint = open_source(path)
     blocks = stack_blocks([source.block(layer) for layer in range(source.config.layers)])
     return Model(
@@ -191,7 +199,8 @@ def compress(
         driver = Driver(job.source, job.recipe, job.text, run, seed, job.dtype, mesh, reporter)
         params = driver.compress()
         report = build_report(run.state, recipe=str(job.recipe), seed=seed,
-                              dtype=np.dtype(job.dtype).name)  # fmt: skip
+                              dtype=np.dtype(job.dtype).name,
+                              base=describe_base(job.folder))  # fmt: skip
         small = Model(job.source.config, params, job.raw_config, job.tokenizer, str(job.recipe),
                       report, job.source.fingerprint, job.folder, job.dtype)  # fmt: skip
         if out is not None:
@@ -205,6 +214,46 @@ def compress(
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
     return save_artifact(model, out, overwrite=overwrite)
+
+
+def export(
+    model: Model | str | Path, out: str | Path, format: str = "hf", **options: Any
+) -> Exported:
+    """Writes a model as a folder that other tools read.
+
+    Args:
+      format: 'hf' (dense, corrections folded in), 'peft' (the adapters), 'gptq',
+        'compressed-tensors', 'flax'.
+      options: `dtype`, `base_only`, and for some formats `gptq_version`, `base`, `dense`; see
+        `io.export.ExportOptions`.
+    Returns:
+      .folder .format .stored_bytes .notes
+    Raises:
+      InputError: `out` exists; something that the format cannot say.
+    Example:
+      >>> export(small, "small-base", "hf", base_only=True)
+      >>> export(small, "small-adapter", "peft", base="small-base")
+    """
+    model = model if isinstance(model, Model) else load(model)
+    return export_model(model, out, format, **options)
+
+
+def verify(out: str | Path, against: Model | str | Path | None = None) -> Verified:
+    """Reads an export back, by code that shares nothing with what wrote it, and compares.
+
+    Args:
+      against: the model it was written from; the folder that the export names unless given.
+    Returns:
+      .weight_difference .logit_difference and where they are.
+    Raises:
+      CheckFailed: files, weights or logits differ.
+      InputError: `out` is no export, or names no model and none is given.
+    """
+    named = read_record(Path(out)).get("model")
+    if against is None and named is None:
+        raise InputError(f"verify: {out} was exported from memory; give the model (--against)")
+    against = named if against is None else against
+    return verify_export(out, against if isinstance(against, Model) else load(against))
 
 
 def _finish(run: Run, model: Model) -> Model:

@@ -16,6 +16,7 @@ from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.driver import Source, Text
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact import is_artifact
+from lqec_jax.io.flax_checkpoint import is_flax_checkpoint, load_flax_checkpoint
 from lqec_jax.io.hf import Checkpoint, check_tensors, check_values, read_block, read_outer
 from lqec_jax.io.tokenizer import Tokenizer, has_tokenizer
 from lqec_jax.linear_steps import preview
@@ -203,6 +204,8 @@ def _tokens(text: Any, tokenizer: Any, seqlen: int, limit: int | None) -> np.nda
 
 
 def _open(model: Model | str | Path) -> tuple[Source, Any, Any, Path | None]:
+    if not isinstance(model, Model) and is_flax_checkpoint(model):
+        model = load_flax_checkpoint(model)
     if not isinstance(model, Model):
         source, checkpoint = open_source(model)
         check_values(checkpoint)

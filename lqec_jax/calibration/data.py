@@ -20,6 +20,11 @@ import numpy as np
 from lqec_jax.errors import InputError, MissingExtra, did_you_mean
 
 PROTOCOLS = ("documents", "gptq")
+# The texts that come with the embedded model, see `lqec_jax.demo`.
+EMBEDDED = {
+    f"demo:{name}": Path(__file__).parents[1] / "demo" / "model" / f"{name}.jsonl"
+    for name in ("calib", "heldout")
+}
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 _JOINT = "\n\n"
 _SLACK = 256  # tokens
@@ -39,7 +44,8 @@ def read_documents(source: str | Path) -> Iterator[str]:
 
     Args:
       source: `.txt` (one document), `.jsonl` (field `text` of each row; empty lines are skipped),
-        `.parquet` (column `text`), or `hf:NAME[:CONFIG[:SPLIT]]` (field `text`; split `train`).
+        `.parquet` (column `text`), `hf:NAME[:CONFIG[:SPLIT]]` (field `text`; split `train`), or a
+        text of the embedded model, `demo:calib` or `demo:heldout`.
     Raises:
       InputError: no such file, an unknown suffix, text that is not UTF-8, a row without `text`
         (file and line named).
@@ -216,7 +222,7 @@ def _encode_joined(documents: Iterable[str], encode: Callable, limit: int | None
 
 
 def _find_file(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = EMBEDDED.get(str(source)) or Path(source).expanduser()
     if path.suffix not in SUFFIXES:
         raise InputError(
             f"{source} is not a text source; wanted a file {', '.join(SUFFIXES)}, or "

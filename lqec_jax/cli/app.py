@@ -9,11 +9,16 @@ from typing import Annotated
 
 import typer
 
+from lqec_jax.cli.compare import compare
 from lqec_jax.cli.compress import compress
+from lqec_jax.cli.demo import demo
 from lqec_jax.cli.doctor import doctor, find_version
 from lqec_jax.cli.evaluate import evaluate
+from lqec_jax.cli.export import export, verify
+from lqec_jax.cli.generate import generate
 from lqec_jax.cli.inspect import inspect
 from lqec_jax.cli.methods import methods
+from lqec_jax.cli.plan import plan
 from lqec_jax.errors import CheckFailed, InputError
 
 # click's error of usage, of which typer carries a copy.
@@ -33,8 +38,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 your input, 3 a check failed, 1 our fault, 130 interrupted.",
 )
+app.command("demo")(demo)
 app.command("compress")(compress)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
+app.command("export")(export)
+app.command("verify")(verify)
+app.command("generate")(generate)
+app.command("plan")(plan)
 app.command("inspect")(inspect)
 app.command("methods")(methods)
 app.command("doctor")(doctor)

@@ -1,11 +1,14 @@
 """report.json: what a run did and measured, for people and for programs."""
 
+import ctypes
+import gc
 import math
 import platform
 import resource
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -26,13 +29,21 @@ SKIPPED = (
 )
 
 
-def build_report(state: Mapping[str, Any], *, recipe: str, seed: int, dtype: str) -> dict[str, Any]:
+def build_report(
+    state: Mapping[str, Any],
+    *,
+    recipe: str,
+    seed: int,
+    dtype: str,
+    base: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Puts a run's measurements together.
 
     Args:
       state: the run's, see `io.run`.
+      base: what is known of the dense model, see `card.describe_base`.
     Returns:
-      `recipe, seed, bits_per_weight, stages, linears, fits, skipped, peak_rss_mb, seconds,
+      `base, recipe, seed, bits_per_weight, stages, linears, fits, skipped, peak_rss_mb, seconds,
       environment`. Bits are over the linears that were compressed; seconds are the stages' sum; a
       number that is not finite is None.
     """
@@ -42,6 +53,7 @@ def build_report(state: Mapping[str, Any], *, recipe: str, seed: int, dtype: str
     stages = list(state.get("stages", []))
     return make_finite(
         {
+            "base": dict(base or {}),
             "recipe": recipe,
             "seed": seed,
             "bits_per_weight": bits / sum(weights),
@@ -66,9 +78,26 @@ def make_finite(value: Any) -> Any:
 
 
 def peak_rss_mb() -> float:
-    """Returns the most memory this process has held, in MB of 10^6 bytes."""
+    """Returns the most memory this process has held, in MB of 10^6 bytes.
+
+    Since it began, or since `reset_peak_rss` said True.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def reset_peak_rss() -> bool:
+    """Returns free memory to the kernel and makes it forget the most that was held so far.
+
+    Says whether it could; only Linux can.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
+    except (OSError, AttributeError):  # no such file; a C library without it
+        return False
+    return True
 
 
 def describe_environment() -> dict[str, Any]:

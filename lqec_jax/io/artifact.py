@@ -1,4 +1,4 @@
-"""The artifact folder: config.json and tokenizer as given, lqec.json, safetensors, report.json.
+"""The artifact folder: config.json, tokenizer, lqec.json, safetensors, the report, a model card.
 
 lqec.json says what every compressed weight is made of; the safetensors hold the arrays, in shards
 with an index where they are large. The folder is written under a temporary name and renamed.
@@ -18,6 +18,8 @@ import numpy as np
 from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import CARD, render_card
+from lqec_jax.evaluate.page import render_report
 from lqec_jax.io.files import replace_folder, write_json, write_tensors
 from lqec_jax.io.hf import INDEX, SINGLE, Checkpoint, read_json
 from lqec_jax.io.leaves import flatten, unflatten
@@ -30,6 +32,7 @@ from lqec_kernels.formats import CompressedLinear
 FORMAT_VERSION = 1
 META = "lqec.json"
 REPORT = "report.json"
+PAGE = "report.html"
 SHARD_BYTES = 4 * 2**30
 
 
@@ -81,7 +84,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 def write_artifact(model: Model, folder: Path) -> None:
     """Writes the files of an artifact into an empty folder."""
     arrays, weights = name_arrays(model.params)
-    shards = list(_shards(arrays))
+    shards = list(shard_arrays(arrays))
     if len(shards) == 1:
         write_tensors(folder / SINGLE, shards[0])
     else:
@@ -95,6 +98,8 @@ def write_artifact(model: Model, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", model.raw_config)
     write_json(folder / REPORT, model.report)
+    (folder / PAGE).write_text(render_report(model.report), "utf-8")
+    (folder / CARD).write_text(render_card(model.report), "utf-8")
     meta = {
         "format_version": FORMAT_VERSION,
         "recipe": model.recipe,
@@ -197,7 +202,7 @@ def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]
     return flatten({**params, "blocks": blocks})
 
 
-def _shards(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def shard_arrays(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """Cuts arrays, in order of name, into shards of at most `SHARD_BYTES` or one array."""
     shard: dict[str, np.ndarray] = {}
     size = 0

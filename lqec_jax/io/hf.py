@@ -11,17 +11,18 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from lqec_jax.errors import InputError, MissingExtra
 from lqec_jax.io.tensor_file import TensorEntry, read_chunks, read_entry, read_header
 from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.families import StoredTensor
+from lqec_jax.models.families import Family, StoredTensor
+from lqec_jax.models.parameters import with_constants
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDED = Path(__file__).parents[1] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -83,7 +84,7 @@ class Checkpoint:
           InputError: no such folder; config.json, a shard or the index is missing or damaged (with
             the byte sizes where a file is cut short); only pickled weights.
         """
-        folder = _find_folder(folder)
+        folder = find_folder(folder)
         config = read_json(folder / "config.json")
         single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
         if single and index:
@@ -135,7 +136,7 @@ class Checkpoint:
         return self.entries[name]
 
 
-def check_tensors(checkpoint: Checkpoint, family: ModuleType, config: ModelConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> None:
     """Compares names and shapes with what the family expects, from the headers alone.
 
     Raises:
@@ -175,7 +176,7 @@ def check_values(checkpoint: Checkpoint) -> None:
 
 
 def read_block(
-    checkpoint: Checkpoint, family: ModuleType, config: ModelConfig, layer: int, dtype
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, layer: int, dtype
 ) -> dict:
     """Reads one decoder block as our nested dict, kernels as [d_in, d_out].
 
@@ -187,10 +188,11 @@ def read_block(
         Inf, or does not fit float16.
     Cost: host memory of the block plus its largest tensor once more.
     """
-    return _read_tree(checkpoint, _block_tensors(family, config, layer), dtype)
+    tree = _read_tree(checkpoint, _block_tensors(family, config, layer), dtype)
+    return with_constants(config, layer, tree)
 
 
-def read_outer(checkpoint: Checkpoint, family: ModuleType, config: ModelConfig, dtype) -> dict:
+def read_outer(checkpoint: Checkpoint, family: Family, config: ModelConfig, dtype) -> dict:
     """Reads what lies outside the blocks (embedding, last norm, head); checks all names first.
 
     Raises:
@@ -269,21 +271,21 @@ def _same_bytes(checkpoint: Checkpoint, left: str, right: str) -> bool:
     return all(x == y for x, y in pairs)
 
 
-def _block_tensors(family: ModuleType, config: ModelConfig, layer: int) -> dict[str, StoredTensor]:
+def _block_tensors(family: Family, config: ModelConfig, layer: int) -> dict[str, StoredTensor]:
     return {
         path: stored._replace(name=stored.name.format(layer=layer))
         for path, stored in family.block_tensors(config).items()
     }
 
 
-def _expected_tensors(family: ModuleType, config: ModelConfig) -> dict[str, StoredTensor]:
+def _expected_tensors(family: Family, config: ModelConfig) -> dict[str, StoredTensor]:
     """Returns every tensor the model needs, by its stored name."""
     groups = [family.outer_tensors(config)]
     groups += [_block_tensors(family, config, layer) for layer in range(config.layers)]
     return {stored.name: stored for group in groups for stored in group.values()}
 
 
-def _head_name(family: ModuleType, config: ModelConfig) -> str:
+def _head_name(family: Family, config: ModelConfig) -> str:
     return family.outer_tensors(dataclasses.replace(config, tied_head=False))["head/kernel"].name
 
 
@@ -306,12 +308,14 @@ def _check_shape(checkpoint: Checkpoint, name: str, stored: StoredTensor) -> Non
         )
 
 
-def _find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise InputError(f"{name} is a file; wanted the folder that holds config.json and {SINGLE}")
+    if str(name) == "demo":
+        return EMBEDDED
     if _HUB_ID.fullmatch(str(name)):
         return _download(str(name))
     raise InputError(

@@ -9,6 +9,7 @@ of the keys.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,31 @@ CPU_CHUNK, CHUNK = 64, 512
 KEY_LENGTHS = 4
 
 
+class Scoring(NamedTuple):
+    """How a query and a key become a score, static: c tanh(q . k scale / c), c the softcap.
+
+    scale None is 1 / sqrt(head_dim); softcap None leaves the product as it is (arXiv:2408.00118).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+
+PLAIN = Scoring()
+
+
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, chunk: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    chunk: int | None = None,
+    window: int | jax.Array | None = None,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Each position reads the values of the positions up to its own, weighted by softmax.
 
-    out_i = sum_{j <= i} softmax_j(q_i . k_j / sqrt(head_dim)) v_j, query head h reading kv head
+    out_i = sum_{i - window < j <= i} softmax_j(score(q_i, k_j)) v_j, query head h reading kv head
     h // (heads / kv_heads). Scores, softmax and sums are float32 whatever the dtype of the input.
 
     Args:
@@ -38,6 +58,10 @@ def causal_attention(
       v: [b, t, kv_heads, head_dim].
       chunk: query positions taken together; None is 64 on CPU and 512 elsewhere. It changes time
         and memory, and the result only by rounding.
+      window: how many positions a query reads, its own included; None is all of them. Keys before
+        every window of a run of chunks are skipped for an int, and masked for an int32 scalar,
+        which lets layers of one scan differ.
+      scoring: scale and softcap of the scores.
 
     Returns:
       [b, t, heads, head_dim] in q's dtype.
@@ -57,7 +81,51 @@ def causal_attention(
         chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
     if chunk < 1:
         raise InputError(f"chunk is {chunk}; want at least one query position")
-    return _attend(q, k, v, min(chunk, q.shape[1]))
+    static = window if isinstance(window, int) else None
+    rule = _Rule(min(chunk, q.shape[1]), static, _resolve(scoring, q.shape[3]))
+    return _attend(q, k, v, None if static is not None else window, rule)
+
+
+def attend_to_past(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    position: jax.Array,
+    *,
+    window: int | jax.Array | None = None,
+    scoring: Scoring = PLAIN,
+) -> jax.Array:
+    """Continues `causal_attention`: queries that begin at `position` read keys from 0 on.
+
+    Args:
+      q: [b, t, heads, head_dim], any float dtype; t is small, their scores are held at once.
+      keys, values: [b, length, kv_heads, head_dim]; those after a query's own are not read.
+      position: int scalar, where the first query stands.
+      window, scoring: as `causal_attention`.
+
+    Returns:
+      [b, t, heads, head_dim] in q's dtype.
+    """
+    b, t, heads, head_dim = q.shape
+    grouped = q.reshape(b, t, keys.shape[2], -1, head_dim)  # [b, t, kv, g, d]
+    product = _dot("btkgd,bskd->bkgts", grouped, keys)
+    scores = _score(product, _resolve(scoring, head_dim))
+    scores = _mask(scores, position + jnp.arange(t), slice(0, keys.shape[1]), window)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = _dot("bkgts,bskd->btkgd", weights.astype(values.dtype), values)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+class _Rule(NamedTuple):
+    """What `_attend` is compiled for; the window is here where it is static."""
+
+    chunk: int
+    window: int | None
+    scoring: Scoring
+
+
+def _resolve(scoring: Scoring, head_dim: int) -> Scoring:
+    return scoring if scoring.scale is not None else scoring._replace(scale=head_dim**-0.5)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -69,46 +137,49 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise InputError(f"{shapes}: want k [{b}, {t}, a divisor of {heads}, {head_dim}]")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    return _forward(q, k, v, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None, rule: _Rule):
+    return _forward(q, k, v, window, rule)[0]
 
 
-def _forward(q, k, v, chunk):
+def _forward(q, k, v, window, rule):
     t, kv_heads = k.shape[1:3]
-    rows, keys, values = _to_rows(q, kv_heads, chunk), _by_head(k), _by_head(v)
+    rows, keys, values = _to_rows(q, kv_heads, rule.chunk), _by_head(k), _by_head(v)
 
-    def attend_chunk(end, _, item):
+    def attend_chunk(seen, _, item):
         first, q_rows = item
-        scores = _masked_scores(q_rows, keys[:, :, :end], first, chunk)  # [b, kv, r, end]
+        scores = _scores(q_rows, keys[:, :, seen], rule)  # [b, kv, r, seen]
+        scores = _mask_chunk(scores, first, seen, window, rule)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
-        out = _dot("bkrs,bksd->bkrd", weights.astype(v.dtype), values[:, :, :end]) / total
+        out = _dot("bkrs,bksd->bkrd", weights.astype(v.dtype), values[:, :, seen]) / total
         return None, (out.astype(q.dtype), top + jnp.log(total))
 
     parts = []
-    for some, end in _segments(rows.shape[0], chunk, t):
-        firsts = jnp.arange(some.start, some.stop) * chunk
-        parts.append(lax.scan(partial(attend_chunk, end), None, (firsts, rows[some]))[1])
+    for some, seen in _segments(rows.shape[0], t, rule):
+        firsts = jnp.arange(some.start, some.stop) * rule.chunk
+        parts.append(lax.scan(partial(attend_chunk, seen), None, (firsts, rows[some]))[1])
     out, log_total = (jnp.concatenate(x) for x in zip(*parts, strict=True))
-    return _from_rows(out, q.shape, chunk), (rows, keys, values, out, log_total)
+    return _from_rows(out, q.shape, rule.chunk), (rows, keys, values, window, out, log_total)
 
 
-def _backward(chunk, saved, d_out):
-    rows, keys, values, out, log_total = saved
+def _backward(rule, saved, d_out):
+    rows, keys, values, window, out, log_total = saved
     t, kv_heads = d_out.shape[1], keys.shape[1]
-    scale = keys.shape[-1] ** -0.5
-    d_rows = _to_rows(d_out, kv_heads, chunk)
+    d_rows = _to_rows(d_out, kv_heads, rule.chunk)
     shift = (d_rows.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
-    def differentiate_chunk(end, sums, item):
+    def differentiate_chunk(seen, sums, item):
         first, q_rows, d_out_rows, log_sum, moved = item
-        scores = _masked_scores(q_rows, keys[:, :, :end], first, chunk)
-        weights = jnp.exp(scores - log_sum)
-        d_weights = _dot("bkrd,bksd->bkrs", d_out_rows, values[:, :, :end])
-        d_scores = (weights * (d_weights - moved) * scale).astype(q_rows.dtype)
-        d_q = _dot("bkrs,bksd->bkrd", d_scores, keys[:, :, :end])
+        scores = _scores(q_rows, keys[:, :, seen], rule)
+        weights = jnp.exp(_mask_chunk(scores, first, seen, window, rule) - log_sum)
+        d_weights = _dot("bkrd,bksd->bkrs", d_out_rows, values[:, :, seen])
+        d_scores = weights * (d_weights - moved) * rule.scoring.scale
+        if rule.scoring.softcap is not None:
+            d_scores = d_scores * (1 - jnp.square(scores / rule.scoring.softcap))
+        d_scores = d_scores.astype(q_rows.dtype)
+        d_q = _dot("bkrs,bksd->bkrd", d_scores, keys[:, :, seen])
         # [d, s], not [s, d]: the large operand is then read along its rows, 3 times faster on CPU.
         d_k = _dot("bkrd,bkrs->bkds", q_rows, d_scores)
         d_v = _dot("bkrd,bkrs->bkds", d_out_rows, weights.astype(q_rows.dtype))
@@ -117,33 +188,59 @@ def _backward(chunk, saved, d_out):
     b, _, _, head_dim = keys.shape
     d_k = d_v = jnp.zeros((b, kv_heads, head_dim, t), jnp.float32)
     d_q = []
-    for some, end in _segments(rows.shape[0], chunk, t):
-        firsts = jnp.arange(some.start, some.stop) * chunk
+    for some, seen in _segments(rows.shape[0], t, rule):
+        firsts = jnp.arange(some.start, some.stop) * rule.chunk
         items = (firsts, rows[some], d_rows[some], log_total[some], shift[some])
-        zeros = jnp.zeros((b, kv_heads, head_dim, end), jnp.float32)
-        sums, d_q_rows = lax.scan(partial(differentiate_chunk, end), (zeros, zeros), items)
-        d_k, d_v = d_k.at[..., :end].add(sums[0]), d_v.at[..., :end].add(sums[1])
+        zeros = jnp.zeros((b, kv_heads, head_dim, seen.stop - seen.start), jnp.float32)
+        sums, d_q_rows = lax.scan(partial(differentiate_chunk, seen), (zeros, zeros), items)
+        d_k, d_v = d_k.at[..., seen].add(sums[0]), d_v.at[..., seen].add(sums[1])
         d_q.append(d_q_rows)
     d_k, d_v = (x.transpose(0, 3, 1, 2).astype(keys.dtype) for x in (d_k, d_v))  # [b, t, kv, d]
-    return _from_rows(jnp.concatenate(d_q), d_out.shape, chunk), d_k, d_v
+    return _from_rows(jnp.concatenate(d_q), d_out.shape, rule.chunk), d_k, d_v, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _segments(chunks: int, chunk: int, t: int) -> Iterator[tuple[slice, int]]:
-    """Runs of chunks that share one key length: (which chunks, the keys before the run's end)."""
+def _segments(chunks: int, t: int, rule: _Rule) -> Iterator[tuple[slice, slice]]:
+    """Runs of chunks that share their keys: (which chunks, the keys that any of them reads)."""
     run = -(-chunks // KEY_LENGTHS)
     for start in range(0, chunks, run):
         stop = min(start + run, chunks)
-        yield slice(start, stop), min(stop * chunk, t)
+        first = 0 if rule.window is None else max(0, start * rule.chunk - rule.window + 1)
+        yield slice(start, stop), slice(first, min(stop * rule.chunk, t))
 
 
-def _masked_scores(q_rows: jax.Array, keys: jax.Array, first: jax.Array, chunk: int) -> jax.Array:
-    """q [b, kv, r, d], keys [b, kv, s, d] -> float32 [b, kv, r, s]; -inf where the key is later."""
-    scores = _dot("bkrd,bksd->bkrs", q_rows, keys) * keys.shape[-1] ** -0.5
-    position = first + jnp.arange(q_rows.shape[2]) % chunk
-    return jnp.where(position[:, None] >= jnp.arange(keys.shape[2]), scores, -jnp.inf)
+def _scores(q_rows: jax.Array, keys: jax.Array, rule: _Rule) -> jax.Array:
+    """q [b, kv, r, d], keys [b, kv, s, d] -> float32 [b, kv, r, s]."""
+    return _score(_dot("bkrd,bksd->bkrs", q_rows, keys), rule.scoring)
+
+
+def _score(product: jax.Array, scoring: Scoring) -> jax.Array:
+    scores = product * scoring.scale
+    if scoring.softcap is None:
+        return scores
+    return scoring.softcap * jnp.tanh(scores / scoring.softcap)
+
+
+def _mask_chunk(scores: jax.Array, first: jax.Array, seen: slice, window, rule: _Rule) -> jax.Array:
+    """Masks the scores [b, kv, r, s] of the chunk that begins at `first`, for the keys `seen`."""
+    position = first + jnp.arange(scores.shape[2]) % rule.chunk
+    if rule.window is not None:
+        window = rule.window
+    if window is not None:
+        # A row that fills the last chunk up must see a key: its sum would be 0, its gradient nan.
+        position = jnp.minimum(position, seen.stop - 1)
+    return _mask(scores, position, seen, window)
+
+
+def _mask(scores: jax.Array, position: jax.Array, keys: slice, window) -> jax.Array:
+    """Returns scores [..., r, s], -inf where a key is later, or earlier than the window."""
+    query, key = position[:, None], jnp.arange(keys.start, keys.stop)
+    seen = query >= key
+    if window is not None:
+        seen &= query - key < window
+    return jnp.where(seen, scores, -jnp.inf)
 
 
 def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
     params = {'embed': {'embedding': [vocab, d]}, 'blocks': (segment, ...), 'norm': {'scale': [d]},
               'head': {'kernel': [d, vocab]}}          # no head where it is tied to the embedding
 
+The paths and shapes of every config are in `models.parameters`.
+
 A segment is one block's tree stacked on a leading layer axis and is walked by `lax.scan`, so
 compile time does not grow with depth.
 """
@@ -13,13 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lqec_jax.core.tree import stack_blocks
+from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import ModelFns, Params
+from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.layers import Block, RMSNorm
-
-LINEAR_GROUPS = (("attn/q", "attn/k", "attn/v"), ("attn/o",), ("mlp/gate", "mlp/up"), ("mlp/down",))
-ROW_PARALLEL = frozenset({"attn/o", "mlp/down"})
+from lqec_jax.models.layers import Block, Norm
+from lqec_jax.models.parameters import ROW_PARALLEL, linear_groups, outer_shapes, with_constants
 
 
 @lru_cache(maxsize=32)
@@ -32,13 +33,18 @@ def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = Tr
       remat: recompute a block in the backward pass instead of keeping its activations. Holds one
         block's activations and every block's input, for about a third more time.
     """
-    norm_module = RMSNorm(config.norm_eps)
+    norm_module = Norm(config)
 
-    def embed(params: Params, tokens: jax.Array) -> jax.Array:
-        return params["embed"]["embedding"][tokens].astype(dtype)
+    def embed(params: Params, tokens: jax.Array, start: Any = 0) -> jax.Array:
+        h = params["embed"]["embedding"][tokens].astype(dtype)
+        if config.embed_scale != 1:
+            h = h * jnp.asarray(config.embed_scale, dtype)
+        if config.rope is None:
+            h = h + _positions(config, params, start, tokens.shape[1]).astype(dtype)
+        return h
 
     def block(block_params: Params, h: jax.Array):
-        return Block(config).apply({"params": block_params}, h)
+        return Block(config).apply({"params": block_params}, h)[:2]
 
     def norm(params: Params, h: jax.Array) -> jax.Array:
         return norm_module.apply({"params": params["norm"]}, h)
@@ -60,16 +66,18 @@ def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = Tr
         if size is not None:
             kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis)
         equation = "...d,vd->...v" if tied else "...d,dv->...v"
-        return jnp.einsum(
+        logits = jnp.einsum(
             equation, post_norm, kernel.astype(dtype), preferred_element_type=jnp.float32
         )
+        cap = config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     return ModelFns(
         embed=embed,
         block=block,
         hidden=hidden,
         head=head,
-        linear_groups=LINEAR_GROUPS,
+        linear_groups=linear_groups(config),
         norm=norm,
         row_parallel=ROW_PARALLEL,
         vocab_size=config.vocab_size,
@@ -93,13 +101,21 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     embed_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
     h = jnp.zeros((1, 1, config.d_model))
     blocks = [Block(config).init(k, h)["params"] for k in block_keys]
-    embedding = jax.random.normal(embed_key, (config.vocab_size, config.d_model))
-    params = {
-        "embed": {"embedding": embedding / config.d_model**0.5},
-        "blocks": stack_blocks(blocks),
-        "norm": {"scale": jnp.ones(config.d_model)},
-    }
-    if not config.tied_head:
-        kernel = jax.random.normal(head_key, (config.d_model, config.vocab_size))
-        params["head"] = {"kernel": kernel / config.d_model**0.5}
+    blocks = [with_constants(config, layer, block) for layer, block in enumerate(blocks)]
+    params = {"blocks": stack_blocks(blocks), "norm": Norm(config).init(key, h)["params"]}
+    for path, shape in outer_shapes(config).items():
+        if path.startswith(("embed/", "head/")):
+            path_key = head_key if path == "head/kernel" else embed_key
+            array = jax.random.normal(path_key, shape) / config.d_model**0.5
+            params = set_at(params, path, array)
     return params
+
+
+def _positions(config: ModelConfig, params: Params, start: Any, count: int) -> jax.Array:
+    """Returns the learned positions start to start + count - 1, [count, d]."""
+    if count > config.max_length:
+        raise InputError(
+            f"{count} tokens at once; the model has positions for {config.max_length}, cut the text"
+        )
+    table = params["embed"]["positions"]
+    return jax.lax.dynamic_slice_in_dim(table, start + config.position_offset, count)

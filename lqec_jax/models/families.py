@@ -1,20 +1,25 @@
 """THE TABLE of model families: a checkpoint's `model_type` -> the module that maps it.
 
-A family module maps and computes nothing. It has `read_config(raw) -> ModelConfig`,
-`block_tensors(config)` and `outer_tensors(config)`, which name each parameter's stored tensor, and
-`block_shapes(config)`, the parameter shapes inside.
+A family maps and computes nothing: its module has `FAMILY`, which says how config.json is read and
+what the checkpoint calls each parameter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from lqec_jax.errors import InputError, did_you_mean
+from lqec_jax.models import parameters
 from lqec_jax.models.config import ModelConfig
 
 FAMILIES = {
+    "gemma2": "lqec_jax.models.gemma2",
     "llama": "lqec_jax.models.llama",
+    "mistral": "lqec_jax.models.mistral",
+    "opt": "lqec_jax.models.opt",
+    "qwen2": "lqec_jax.models.qwen2",
+    "qwen3": "lqec_jax.models.qwen3",
 }
 
 
@@ -34,12 +39,48 @@ class StoredTensor(NamedTuple):
         return self.shape[::-1] if self.transposed else self.shape
 
 
-def family(model_type: str) -> ModuleType:
-    """Returns the module of one family; raises `InputError` for a `model_type` not in the table."""
+@dataclass(frozen=True)
+class Family:
+    """One family's mapping.
+
+    Attributes:
+      read_config: config.json, parsed -> ModelConfig; refuses what it does not model.
+      names: module path ('attn/q'; 'embed/embedding' and 'embed/positions' in full) -> its name in
+        a checkpoint, without `.weight` or `.bias`; a block's holds `{layer}`.
+    """
+
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    names: Mapping[str, str]
+
+    def block_tensors(self, config: ModelConfig) -> dict[str, StoredTensor]:
+        """Returns parameter path -> stored tensor for one block; format the name with `layer=`."""
+        return self._stored(parameters.block_shapes(config))
+
+    def outer_tensors(self, config: ModelConfig) -> dict[str, StoredTensor]:
+        """Returns parameter path -> stored tensor outside the blocks; no head when it is tied."""
+        return self._stored(parameters.outer_shapes(config))
+
+    def block_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Returns parameter path -> shape inside, kernels [d_in, d_out], for one block."""
+        return parameters.block_shapes(config)
+
+    def _stored(self, shapes: parameters.Shapes) -> dict[str, StoredTensor]:
+        tensors = {}
+        for path, shape in shapes.items():
+            module, _, leaf = path.rpartition("/")
+            name = self.names[path if path in self.names else module]
+            kernel = leaf == "kernel"
+            full = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+            tensors[path] = StoredTensor(full, shape[::-1] if kernel else shape, kernel)
+        return tensors
+
+
+def family(model_type: str) -> Family:
+    """Returns one family's mapping; raises `InputError` for a `model_type` not in the table."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = did_you_mean(str(model_type), FAMILIES)
         raise InputError(f"config.json: model_type {model_type!r} is not supported{near}")
-    return import_module(FAMILIES[model_type])
+    return import_module(FAMILIES[model_type]).FAMILY
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:

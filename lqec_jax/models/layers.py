@@ -13,11 +13,14 @@ import jax.numpy as jnp
 
 from lqec_jax.core.linear import linear
 from lqec_jax.models.activations import gated_silu, rms_normalize
-from lqec_jax.models.attention import causal_attention
+from lqec_jax.models.attention import Scoring, attend_to_past, causal_attention
+from lqec_jax.models.cache import Past
 from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.rope import tables, turn
+from lqec_jax.models.parameters import EVERYTHING
+from lqec_jax.models.rope import inverse_frequencies, rotate, tables, turn
 
 ACTIVATIONS: dict[str, Callable] = {
+    "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -41,24 +44,46 @@ class Linear(nn.Module):
         return y
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · scale, the mean in float32 (Zhang & Sennrich 2019)."""
+class Norm(nn.Module):
+    """The config's norm over the last axis, statistics in float32.
 
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return rms_normalize(x, self.eps) * scale.astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions 0 to t - 1."""
+    rms: x / sqrt(mean(x²) + eps) · (scale + offset) (Zhang & Sennrich 2019);
+    layer: (x - mean(x)) / sqrt(var(x) + eps) · scale + bias (Ba et al. 2016, arXiv:1607.06450).
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        scale = self.param("scale", nn.initializers.constant(1 - c.norm_offset), (x.shape[-1],))
+        if c.norm_offset:
+            scale = scale.astype(jnp.float32) + c.norm_offset
+        if c.norm == "rms":
+            return rms_normalize(x, c.norm_eps) * scale.astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_normalize(x, c.norm_eps) * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def layer_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """Returns (x - mean) / sqrt(var + eps) over the last axis, computed in float32."""
+    centred = x.astype(jnp.float32)
+    centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return (centred * inverse).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: positions 0 to t - 1, or those that follow a past.
+
+    Returns what it adds, what each linear read, and what the next token needs: keys and values
+    [b, t, kv_heads, head_dim], or the past with them.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Past | None = None):
         c = self.config
         b, t, d = x.shape
 
@@ -66,28 +91,72 @@ class Attention(nn.Module):
             y = Linear(heads * c.head_dim, c.attention_bias, name=name)(x)
             return y.reshape(b, t, heads, c.head_dim)
 
-        cos, sin = tables(c.rope, c.head_dim, t)
-        q = turn(project("q", c.heads), cos, sin)
-        k = turn(project("k", c.kv_heads), cos, sin)
-        mixed = causal_attention(q, k, project("v", c.kv_heads))
+        def norm(name: str, y: jax.Array) -> jax.Array:
+            return Norm(c, name=f"{name}_norm")(y) if c.qk_norm else y
+
+        turned = turn_from_start(c, t) if past is None else turn_after(c, t, past)
+        q = turned(norm("q", project("q", c.heads)))
+        k = turned(norm("k", project("k", c.kv_heads)))
+        v = project("v", c.kv_heads)
+        scoring = Scoring(c.attention_scale, c.attention_softcap)
+        if past is None:
+            mixed = causal_attention(q, k, v, window=self._window(), scoring=scoring)
+            kept = k, v
+        else:
+            kept = past.write(k, v)
+            mixed = attend_to_past(
+                q, *kept.read(), past.position, window=self._window(), scoring=scoring
+            )
         mixed = mixed.reshape(b, t, c.heads * c.head_dim)
-        y = Linear(d, c.attention_bias, name="o")(mixed)
-        return y, {"q": x, "k": x, "v": x, "o": mixed}
+        y = Linear(d, c.output_bias, name="o")(mixed)
+        return y, {"q": x, "k": x, "v": x, "o": mixed}, kept
+
+    def _window(self) -> int | jax.Array | None:
+        """Returns the layers' one window, or this layer's, which its parameters carry."""
+        if not self.config.mixed_windows:
+            return self.config.window
+        if self.is_initializing():  # no layer knows its number: the caller puts in the right one
+            self.param("window", lambda key: jnp.int32(EVERYTHING))
+        return self.get_variable("params", "window")
+
+
+def turn_from_start(config: ModelConfig, t: int) -> Callable:
+    """Returns what turns queries and keys at positions 0 to t - 1."""
+    if config.rope is None:
+        return lambda x: x
+    cos, sin = tables(config.rope, config.head_dim, t)
+    return lambda x: turn(x, cos, sin)
+
+
+def turn_after(config: ModelConfig, t: int, past: Past) -> Callable:
+    """Returns what turns t queries and keys that follow a past."""
+    if config.rope is None:
+        return lambda x: x
+    # A cache is never longer than the model's context, where no rotation depends on the length.
+    length = past.cache.keys.shape[2]
+    frequency, scale = inverse_frequencies(config.rope, config.head_dim, length)
+    positions = past.position + jnp.arange(t)
+    return lambda x: rotate(x, positions, frequency, scale)
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) · up(x))."""
+    """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.config
-        gate = Linear(c.d_ff, c.mlp_bias, name="gate")(x)
-        up = Linear(c.d_ff, c.mlp_bias, name="up")(x)
-        inner = gate_with(c.activation, gate, up)
+        read = {"up": x}
+        if c.gated:
+            gate = Linear(c.d_ff, c.mlp_bias, name="gate")(x)
+            up = Linear(c.d_ff, c.mlp_bias, name="up")(x)
+            inner = gate_with(c.activation, gate, up)
+            read["gate"] = x
+        else:
+            inner = ACTIVATIONS[c.activation](Linear(c.d_ff, c.mlp_bias, name="up")(x))
         y = Linear(x.shape[-1], c.mlp_bias, name="down")(inner)
-        return y, {"gate": x, "up": x, "down": inner}
+        return y, {**read, "down": inner}
 
 
 def gate_with(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -96,16 +165,20 @@ def gate_with(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One pre-norm decoder block: h -> (h, what each linear read)."""
+    """One pre-norm decoder block: h -> (h, what each linear read, what the next token needs)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        eps = self.config.norm_eps
-        mixed, read = Attention(self.config, name="attn")(RMSNorm(eps, name="attn_norm")(h))
-        h = h + mixed
+    def __call__(self, h: jax.Array, past: Past | None = None):
+        c = self.config
+
+        def norm_after(name: str, y: jax.Array) -> jax.Array:
+            return Norm(c, name=f"{name}_post_norm")(y) if c.post_norms else y
+
+        mixed, read, kept = Attention(c, name="attn")(Norm(c, name="attn_norm")(h), past)
+        h = h + norm_after("attn", mixed)
         inputs = {f"attn/{name}": x for name, x in read.items()}
-        out, read = MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(h))
+        out, read = MLP(c, name="mlp")(Norm(c, name="mlp_norm")(h))
         inputs |= {f"mlp/{name}": x for name, x in read.items()}
-        return h + out, inputs
+        return h + norm_after("mlp", out), inputs, kept

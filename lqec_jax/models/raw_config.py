@@ -53,10 +53,11 @@ class Section:
     values: Mapping[str, Any]
     prefix: str = ""
 
-    def count(self, key: str, default: Any = REQUIRED) -> Any:
-        """Returns an int >= 1."""
+    def count(self, key: str, default: Any = REQUIRED, at_least: int = 1) -> Any:
+        """Returns an int >= `at_least`."""
+        wanted = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
         return self._read(
-            key, default, "a positive integer", lambda v: type(v) is int and v > 0, lambda v: v
+            key, default, wanted, lambda v: type(v) is int and v >= at_least, lambda v: v
         )
 
     def number(self, key: str, default: Any = REQUIRED, at_least: float | None = None) -> Any:

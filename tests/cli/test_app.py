@@ -12,7 +12,18 @@ from lqec_jax.cli import app as app_module
 from lqec_jax.cli import main
 from lqec_jax.errors import CheckFailed, InputError, MissingExtra
 
-COMMANDS = ("compress", "eval", "inspect", "methods", "doctor")
+COMMANDS = (
+    "demo",
+    "compress",
+    "eval",
+    "compare",
+    "export",
+    "verify",
+    "generate",
+    "inspect",
+    "methods",
+    "doctor",
+)
 
 
 def run_raising(error, monkeypatch, capsys):

@@ -13,14 +13,18 @@ def make_weights(raw_config: dict, seed: int) -> dict[str, np.ndarray]:
     so a wrong rotation, norm or head order shows.
     """
     return {
-        name: (center + scale * _normal(name, shape, seed)).astype(np.float32)
+        name: draw_tensor(name, shape, scale, center, seed)
         for name, (shape, scale, center) in _tensors(raw_config).items()
     }
 
 
-def _normal(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def draw_tensor(
+    name: str, shape: tuple[int, ...], scale: float, center: float, seed: int
+) -> np.ndarray:
+    """Returns center + scale · N(0, 1), float32, from the stream of this name."""
     # The legacy generator: numpy guarantees that its stream never changes.
-    return np.random.RandomState([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+    stream = np.random.RandomState([seed, zlib.crc32(name.encode())])
+    return (center + scale * stream.standard_normal(shape)).astype(np.float32)
 
 
 def _tensors(raw: dict) -> dict[str, tuple[tuple[int, ...], float, float]]:

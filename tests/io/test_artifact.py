@@ -12,7 +12,7 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import set_at
 from lqec_jax.errors import InputError
 from lqec_jax.io import artifact
-from lqec_jax.io.artifact import META, REPORT, is_artifact, load_artifact, save_artifact
+from lqec_jax.io.artifact import CARD, META, PAGE, REPORT, is_artifact, load_artifact, save_artifact
 from lqec_jax.io.hf import INDEX, SINGLE
 from lqec_jax.io.tensor_file import read_header
 from lqec_jax.models.families import family, read_config
@@ -89,7 +89,7 @@ def test_reading_and_writing_again_gives_the_same_bytes_and_logits(model, folder
         np.testing.assert_array_equal(a, b)
     save_artifact(came, tmp_path / "deeper" / "again")
     assert hash_folder(tmp_path / "deeper" / "again") == hash_folder(folder)
-    assert set(hash_folder(folder)) == {"config.json", META, REPORT, SINGLE}
+    assert set(hash_folder(folder)) == {"config.json", META, REPORT, PAGE, CARD, SINGLE}
     np.testing.assert_array_equal(lqec.logits(came, TOKENS), lqec.logits(model, TOKENS))
 
 

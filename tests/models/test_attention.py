@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lqec_jax.errors import InputError
-from lqec_jax.models.attention import causal_attention
+from lqec_jax.models import attention as module
+from lqec_jax.models.attention import PLAIN, Scoring, attend_to_past, causal_attention
 
 HEADS = {"one kv head each": (4, 4), "grouped": (6, 2), "one kv head for all": (3, 1)}
 
@@ -30,11 +31,15 @@ def reference(q, k, v):
     return out
 
 
-def full_square(q, k, v):
+def full_square(q, k, v, window=None, scale=None, softcap=None):
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) * (scale or q.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     seen = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))
+    if window is not None:
+        seen &= jnp.triu(seen, 1 - window)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
 
 
@@ -68,6 +73,52 @@ def check_both_ways(t, chunk, heads):
     for x, y in zip(grads, both_ways(full_square, *arrays)[1:], strict=True):
         assert x.shape == y.shape
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
+
+
+# 4 positions a chunk: runs of chunks skip keys. 16: the rows that fill 37 up to 48 see no key.
+@pytest.mark.parametrize(
+    ("chunk", "window", "scoring"),
+    [
+        (4, 5, PLAIN),
+        (16, np.int32(3), Scoring(scale=0.5, softcap=1.5)),
+        (16, 1, Scoring(softcap=0.7)),
+    ],
+)
+def test_windows_and_softcaps_both_ways(chunk, window, scoring):
+    def attend(q, k, v):
+        return causal_attention(q, k, v, chunk=chunk, window=window, scoring=scoring)
+
+    square = partial(full_square, window=int(window), scale=scoring.scale, softcap=scoring.softcap)
+    arrays = draw(37)
+    got, want = (run_once(partial(both_ways.__wrapped__, f), *arrays) for f in (attend, square))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
+
+
+def run_once(f, *arrays):
+    # What runs once had better compile fast.
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})(*arrays)
+
+
+def test_keys_before_every_window_are_skipped():
+    def keys(window):
+        rule = module._Rule(8, window, PLAIN)
+        return [(s.start, s.stop) for _, s in module._segments(16, 128, rule)]
+
+    assert keys(None) == [(0, 32), (0, 64), (0, 96), (0, 128)]
+    assert keys(1) == [(0, 32), (32, 64), (64, 96), (96, 128)]
+    assert keys(40) == [(0, 32), (0, 64), (25, 96), (57, 128)]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_past_is_read_as_the_whole(window):
+    q, k, v, _ = draw(12)
+    options = {"window": window, "scoring": Scoring(softcap=1.5)}
+    whole = run_once(partial(full_square, window=window, softcap=1.5), q, k, v)
+    room = ((0, 0), (0, 4), (0, 0), (0, 0))
+    keys, values = (np.pad(x, room, constant_values=9.0) for x in (k, v))
+    last = run_once(partial(attend_to_past, **options), q[:, 9:], keys, values, 9)
+    np.testing.assert_allclose(last, whole[:, 9:], atol=2e-6, rtol=1e-5)
 
 
 def test_one_token_reads_its_own_value():

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lqec_jax.errors import InputError
-from lqec_jax.models import llama
 from lqec_jax.models.config import ModelConfig, Rope
 from lqec_jax.models.families import FAMILIES, family, read_config
+from lqec_jax.models.llama import FAMILY
 from tests.golden.tiny_weights import make_weights
 
 VARIANTS = json.loads((Path(__file__).parents[1] / "golden" / "llama_variants.json").read_text())
@@ -286,20 +286,20 @@ def test_every_family_in_the_table_is_complete():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_name_table_covers_the_checkpoint_exactly(name):
     config = read_config(VARIANTS[name])
-    stored = {tensor.name: tensor.shape for tensor in llama.outer_tensors(config).values()}
+    stored = {tensor.name: tensor.shape for tensor in FAMILY.outer_tensors(config).values()}
     for layer in range(config.layers):
-        for tensor in llama.block_tensors(config).values():
+        for tensor in FAMILY.block_tensors(config).values():
             stored[tensor.name.format(layer=layer)] = tensor.shape
     assert stored == {name: w.shape for name, w in make_weights(VARIANTS[name], seed=0).items()}
 
 
 def test_block_shapes_are_inner_shapes():
     config = read_config(VARIANTS["attention_bias"])
-    shapes = llama.block_shapes(config)
+    shapes = FAMILY.block_shapes(config)
     assert shapes["attn/q/kernel"] == (48, 48) and shapes["attn/k/kernel"] == (48, 24)
     assert shapes["attn/k/bias"] == (24,) and shapes["attn/o/bias"] == (48,)
     assert shapes["mlp/gate/kernel"] == (48, 80) and shapes["mlp/down/kernel"] == (80, 48)
     assert shapes["attn_norm/scale"] == shapes["mlp_norm/scale"] == (48,)
     assert "mlp/gate/bias" not in shapes
-    assert "mlp/down/bias" in llama.block_shapes(read_config(VARIANTS["mlp_bias"]))
-    assert "head/kernel" not in llama.outer_tensors(read_config(VARIANTS["tied_head"]))
+    assert "mlp/down/bias" in FAMILY.block_shapes(read_config(VARIANTS["mlp_bias"]))
+    assert "head/kernel" not in FAMILY.outer_tensors(read_config(VARIANTS["tied_head"]))

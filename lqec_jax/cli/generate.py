@@ -1,0 +1,70 @@
+"""`lqec generate`: what a model writes after a prompt."""
+
+import sys
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+Prompt = Annotated[str, typer.Option(metavar="TEXT", help="What the model continues.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N",
+    help="At most so many tokens; it ends before at the model's end token.")]  # fmt: skip
+Temperature = Annotated[float, typer.Option(metavar="T",
+    help="0 takes the likeliest token, 1 samples as the model says.")]  # fmt: skip
+TopP = Annotated[float, typer.Option(metavar="P",
+    help="Sample from the likeliest tokens that reach this probability together.")]  # fmt: skip
+Seed = Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")]
+Chat = Annotated[bool, typer.Option("--chat",
+    help="The prompt is a user's message: put the model's chat template around it.")]  # fmt: skip
+Dtype = Annotated[str, typer.Option(metavar="D",
+    help="Of activations: float32, bfloat16 or auto.")]  # fmt: skip
+Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
+    help="The text and what made it as JSON, to FILE or standard output.")]  # fmt: skip
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, hub id or artifact.")],
+    *,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    chat: Chat = False,
+    dtype: Dtype = "auto",
+    json: Json = None,
+) -> None:
+    """Continue a text, or answer a message; the text appears as it is written."""
+    from lqec_jax.cli.printing import STDOUT, check_json, write_json
+
+    check_json(json)
+    from lqec_jax import api
+    from lqec_jax.evaluate.generate import stream_text
+
+    writer = api.load(model, dtype)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+               "seed": seed}  # fmt: skip
+    said = [{"role": "user", "content": prompt}] if chat else prompt
+    pieces = stream_text(writer, said, **options)
+    text = "".join(pieces) if json == STDOUT else _print_stream(pieces)
+    if json is not None:
+        row = {"model": model, "recipe": writer.recipe, "prompt": prompt, "chat": chat}
+        write_json(json, row | options | {"text": text})
+
+
+def _print_stream(pieces: Iterable[str]) -> str:
+    """Prints pieces of a text as they come, and returns them joined."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        sys.stdout.write(_tame(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return text
+
+
+def _tame(text: str) -> str:
+    """Replaces what would move a terminal's cursor, or worse; a model may write anything."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -1,0 +1,99 @@
+"""README.md of an artifact: front matter that the hub accepts, and only known facts."""
+
+import pytest
+import yaml
+
+from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card
+
+STAGES = [
+    {"name": name, "ppl": ppl, "low": ppl - 1, "high": ppl + 1, "nll": 1.0, "tokens": 9,
+     "protocol": "calib-val/64", "seconds": 1.0}
+    for name, ppl in (("teacher", 2.5), ("rtn | svd", 4.0))
+]  # fmt: skip
+REPORT = {
+    "base": {"name": "Llama", "hub_id": "someone/Llama", "license": "llama2"},
+    "recipe": "rtn(bits=2, group_size=32) | svd(rank=4) | rilq(rank=4)",
+    "seed": 3,
+    "bits_per_weight": 2.9680,
+    "stages": STAGES,
+    "skipped": [{"path": "embed", "reason": "kept as it came"}],
+}
+
+
+def front_of(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    return read_front_matter(tmp_path / "README.md")
+
+
+def test_front_matter_says_what_is_known(tmp_path):
+    assert front_of(render_card(REPORT), tmp_path) == {
+        "library_name": "lqec_jax",
+        "pipeline_tag": "text-generation",
+        "base_model": "someone/Llama",
+        "base_model_relation": "quantized",
+        "license": "llama2",
+        "tags": ["lqec", "jax", "quantized", "rtn", "svd", "rilq"],
+    }
+
+
+def test_front_matter_guesses_nothing(tmp_path):
+    front = front_of(render_card({**REPORT, "base": {"name": "model"}}), tmp_path)
+    assert set(front) == {"library_name", "pipeline_tag", "tags"}
+    assert front_of(render_card({}), tmp_path)["tags"] == ["lqec", "jax", "quantized"]
+
+
+def test_the_hubs_own_reader_accepts_the_card(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "README.md").write_text(render_card(REPORT))
+    card = hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "someone/Llama" and card.data.license == "llama2"
+    assert card.data.library_name == "lqec_jax"
+    hub.utils.validate_repo_id(card.data.base_model)
+    assert card.text.lstrip().startswith("# Llama at 2.97 bits per weight")
+
+
+def test_a_card_says_what_was_measured_under_its_protocol():
+    text = render_card(REPORT)
+    assert "| after | perplexity, `calib-val/64` | 95% interval |\n|---|---|---|\n" in text
+    assert "| teacher | 2.500 | 1.500 to 3.500 |\n" in text
+    assert "| rtn \\| svd | 4.000 | 3.000 to 5.000 |\n" in text
+    assert REPORT["recipe"] in text and "lqec.load(" in text and "`embed`: kept as it came" in text
+    assert text == render_card(REPORT) and text.endswith("\n")
+
+
+def test_a_card_stays_the_same_however_long_the_run_took():
+    slow = [{**stage, "seconds": 99.0} for stage in STAGES]
+    assert render_card({**REPORT, "stages": slow, "seconds": 9.0, "peak_rss_mb": 1.0}) == (
+        render_card(REPORT)
+    )
+
+
+def test_a_folder_of_the_hubs_cache_knows_its_id(tmp_path):
+    folder = tmp_path / "models--someone--tiny-llama" / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# Tiny\n")
+    base = describe_base(folder)
+    assert base == {"name": "tiny-llama", "hub_id": "someone/tiny-llama", "license": "mit"}
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert describe_base(link) == base
+
+
+def test_any_other_folder_gives_its_own_name_and_no_place(tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert describe_base(tmp_path / "mine") == {"name": "mine"}
+    assert describe_base(None) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nopen"]
+)
+def test_a_damaged_card_teaches_nothing(tmp_path, text):
+    assert front_of(text, tmp_path) == {}
+
+
+def test_strange_text_survives_in_the_front_matter(tmp_path):
+    base = {"name": "a: b # c", "hub_id": "a/b", "license": "other", "license_name": "yes: no"}
+    front = front_of(render_card({**REPORT, "base": base}), tmp_path)
+    assert front["license_name"] == "yes: no"
+    assert yaml.safe_load(yaml.safe_dump(front)) == front

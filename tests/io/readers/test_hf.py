@@ -1,0 +1,18 @@
+"""The dense reader gives what safetensors wrote, as float32."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from lqec_jax.io.readers import hf
+
+
+def test_every_tensor_is_read_as_float32(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    narrow = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
+    save_file({"a": narrow, "b": np.array([3.0], np.float16)}, tmp_path / "model.safetensors")
+    found = {name: thunk() for name, thunk in hf.read(tmp_path, {}).items()}
+    assert {array.dtype.name for array in found.values()} == {"float32"}
+    assert found["a"].tolist() == [[1.5, -2.0]] and found["b"].tolist() == [3.0]
