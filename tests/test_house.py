@@ -241,8 +241,10 @@ def test_the_front_door_loads_no_jax(command):
 
 def test_every_public_name_can_be_loaded():
     package = importlib.import_module("lqec_jax")
-    for name in package.__all__:
-        assert getattr(package, name) is not None
+    first = {name: getattr(package, name) for name in package.__all__}
+    assert None not in first.values()
+    # Importing a module sets an attribute of its package, which must not hide a verb.
+    assert {name: getattr(package, name) for name in package.__all__} == first
     with pytest.raises(AttributeError, match="lqec_jax.*no_such_name"):
         package.no_such_name  # noqa: B018
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -74,36 +74,19 @@ class Exported:
     notes: tuple[str, ...]
 
 
-def export_model(
-    model: Model,
-    out: str | Path,
-    format: str,
-    *,
-    dtype: str = "auto",
-    base_only: bool = False,
-    gptq_version: int | None = None,
-    base: str | Path | None = None,
-    dense: bool = False,
-) -> Exported:
+def export_model(model: Model, out: str | Path, format: str, **given: Any) -> Exported:
     """Writes a model in another tool's format.
 
     Args:
       format: a key of `FORMATS`.
-      dtype, base_only, gptq_version, base, dense: see `ExportOptions`.
+      given: fields of `ExportOptions`, dtype by its name or 'auto'.
     Raises:
       InputError: an unknown format, an option that the format does not have, something that the
         format cannot say (the weight is named), `out` is there already.
     """
-    options = ExportOptions(
-        dtype=_resolve_dtype(dtype),
-        base_only=base_only,
-        gptq_version=gptq_version,
-        base=None if base is None else Path(base),
-        dense=dense,
-    )
-    check_options(format, options)
+    options = read_options(format, given)
     out = Path(out)
-    if base_only:
+    if options.base_only:
         model = replace(model, params=drop_corrections(model.params))
     with _staged(out) as folder:
         notes = tuple(import_module(FORMATS[format]).write(model, folder, options))
@@ -113,22 +96,28 @@ def export_model(
     return Exported(out, format, size, notes)
 
 
-def check_options(format: str, options: ExportOptions) -> None:
-    """Refuses an unknown format and an option that it does not have."""
+def read_options(format: str, given: Mapping[str, Any]) -> ExportOptions:
+    """Reads options, and refuses an unknown format and an option that it does not have."""
     if format not in FORMATS:
         raise InputError(
             f"export: format {format!r} is unknown{did_you_mean(str(format), FORMATS)}"
         )
-    given = {"base": options.base is not None, "dense": options.dense,
-             "gptq_version": options.gptq_version is not None}  # fmt: skip
-    for name in (name for name, is_given in given.items() if is_given):
-        if name not in OWN_OPTIONS.get(format, ()):
-            owner = next(other for other, names in OWN_OPTIONS.items() if name in names)
-            raise InputError(f"export: {name} is for format {owner}, not {format}; leave it out")
+    known = [field.name for field in fields(ExportOptions)]
+    for name in given:
+        if name not in known:
+            raise InputError(f"export: option {name!r} is unknown{did_you_mean(name, known)}")
+    options = ExportOptions(**{**given, "dtype": _resolve_dtype(given.get("dtype", "auto"))})
+    for owner, names in OWN_OPTIONS.items():
+        for name in names if owner != format else ():
+            if getattr(options, name) not in (None, False):
+                raise InputError(
+                    f"export: {name} is for format {owner}, not {format}; leave it out"
+                )
     if format == "peft" and options.base_only:
         raise InputError("export: base_only leaves out the adapters, which are all that peft holds")
     if options.gptq_version not in (None, 1, 2):
         raise InputError(f"export: gptq_version={options.gptq_version!r}; 1 or 2 was wanted")
+    return replace(options, base=None if options.base is None else Path(options.base))
 
 
 def hash_file(path: Path) -> str:

@@ -60,10 +60,11 @@ def load(folder: str | Path, dtype: Any = jnp.float32) -> tuple[nn.Module, dict[
     Example:
       >>> module, params = load("small-flax")
       >>> logits = module.apply({"params": params}, tokens)  # int [b, t] -> float32 [b, t, vocab]
-      >>> # The same through nnx:
-      >>> model = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(tokens)
+      >>> # The same through nnx; eval_shape spares the zeros that update would replace:
+      >>> init = lambda: nnx.bridge.ToNNX(module).lazy_init(tokens, rngs=nnx.Rngs(0))
+      >>> model = nnx.eval_shape(init)
       >>> nnx.update(model, nnx.State(params))
-      >>> logits = model(tokens)
+      >>> logits = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
     """
     folder = Path(folder)
     if read_record(folder)["format"] != "flax":

@@ -151,7 +151,7 @@ def _take(named: dict[str, np.ndarray], stored: StoredTensor, config: ModelConfi
     array = named.pop(name)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(f"Flax tree: {name!r} is {array.dtype}, wanted floating weights")
-    if array.ndim > 2 and array.size == np.prod(stored.inner_shape):
+    if array.ndim > len(stored.shape) and array.size == np.prod(stored.shape):
         array = array.reshape(stored.inner_shape)  # heads and their channels are one axis
     if array.shape != tuple(stored.inner_shape):
         raise InputError(

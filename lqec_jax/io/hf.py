@@ -332,7 +332,7 @@ def _download(hub_id: str) -> Path:
     try:
         folder = snapshot_download(
             hub_id,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"],
             # Subfolders and `consolidated` hold the same weights once more under other names.
             ignore_patterns=["*/*", "consolidated*"],
         )

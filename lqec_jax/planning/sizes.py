@@ -18,6 +18,7 @@ from lqec_jax.linear_steps import preview
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
+from lqec_jax.models.parameters import with_constants
 from lqec_jax.recipe import Recipe
 from lqec_kernels.formats import CompressedLinear
 
@@ -81,7 +82,7 @@ def measure_model(folder: str, recipe: Recipe) -> Sizes:
     dense: Params = {}
     for path, shape in shapes.items():
         dense = set_at(dense, path, jax.ShapeDtypeStruct(shape, dtype))
-    block = dense
+    block = dense = with_constants(config, 0, dense)
     for path, leaf in leaves.items():
         block = set_at(block, f"{path}/kernel", leaf)
     outer: Params = {}

@@ -17,7 +17,7 @@ KERNELS = "*/kernel"
 
 
 class Block(nn.Module):
-    """Flax's own attention, of DenseGeneral, and an MLP."""
+    """Flax's own attention, of DenseGeneral, and a dense layer."""
 
     bias: bool = True
 
@@ -25,8 +25,7 @@ class Block(nn.Module):
     def __call__(self, h, _=None):
         x = nn.LayerNorm()(h)
         h = h + nn.MultiHeadDotProductAttention(HEADS, use_bias=self.bias, name="attn")(x, x)
-        x = nn.gelu(nn.Dense(FF, use_bias=self.bias, name="up")(nn.LayerNorm()(h)))
-        return h + nn.Dense(WIDTH, use_bias=self.bias, name="down")(x), None
+        return h + nn.gelu(nn.Dense(WIDTH, use_bias=self.bias, name="mlp")(h)), None
 
 
 class Transformer(nn.Module):

@@ -79,10 +79,6 @@ def test_its_gradient_holds_no_dense_weight_either(scanned):
 
     assert holds_dense(jax.grad(loss), train)
     assert not holds_dense(jax.grad(packed(loss)), train)
-    dense, own = jax.jit(jax.grad(loss))(train), jax.jit(jax.grad(packed(loss)))(train)
-    for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(own), strict=True):
-        assert np.abs(a).max() > 0
-        assert np.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 class Layer(nn.Module):
@@ -100,33 +96,54 @@ class Doubled(nn.Dense):
         return 2 * super().__call__(x)
 
 
-def quantize(model, x, **axes):
+def relative_error(a, b) -> float:
+    a, b = (np.asarray(array, np.float64) for array in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(a)
+
+
+def quantize(model, x):
     rng = np.random.RandomState(2)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(a.dtype), shapes)
-    return lqec.quantize_tree(params, RECIPE, KERNELS, **axes).params
+    return lqec.quantize_tree(params, RECIPE, KERNELS).params
 
 
 @pytest.mark.parametrize(
     "make, x",
     [
         (lambda: nn.Dense(WIDTH), X),
-        (lambda: nn.Dense(WIDTH, use_bias=False), X[0, 0]),
-        (lambda: nn.Dense(WIDTH, dtype=jnp.bfloat16), X),
+        (lambda: nn.Dense(WIDTH, use_bias=False, dtype=jnp.bfloat16), X[0, 0]),
         (lambda: nn.DenseGeneral((HEADS, 8)), X),
         (lambda: nn.DenseGeneral(WIDTH, axis=(-2, -1)), X.reshape(2, 3, HEADS, 8)),
-        (lambda: nn.DenseGeneral((HEADS, 8), axis=(3, 1)), X.reshape(2, HEADS, 3, 8)),
+        (lambda: nn.DenseGeneral((2, 16), axis=(3, 1)), X.reshape(2, HEADS, 3, 8)),
     ],
-    ids=["dense", "vector", "bfloat16", "query", "out", "axes"],
+    ids=["dense", "bfloat16_vector", "query", "out", "axes"],
 )
-def test_layers_multiply_as_they_did(make, x):
+def test_layers_and_their_gradients_are_what_they_were(make, x):
     model = Layer(make)
     params = quantize(model, x)
-    apply = lambda params: model.apply({"params": params}, x)  # noqa: E731
-    y, own = jax.jit(apply)(params), jax.jit(packed(apply))(params)
-    assert (own.shape, own.dtype) == (y.shape, y.dtype)
-    assert np.allclose(y, own, rtol=0.05 if y.dtype == jnp.bfloat16 else 1e-4, atol=1e-4)
-    assert holds_dense(apply, params) and not holds_dense(packed(apply), params)
+    train, frozen = lqec.partition(params)
+
+    def apply(train):
+        return model.apply({"params": lqec.combine(train, frozen)}, x)
+
+    def loss_and_grad(apply):
+        def loss(train):
+            y = apply(train)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        return jax.value_and_grad(loss, has_aux=True)
+
+    ((_, y), grads), ((_, own_y), own_grads) = (
+        jax.jit(loss_and_grad(run))(train) for run in (apply, packed(apply))
+    )
+    exact = y.dtype == jnp.float32
+    assert (own_y.shape, own_y.dtype) == (y.shape, y.dtype)
+    assert relative_error(y, own_y) < (1e-5 if exact else 0.01)
+    errors = jax.tree.map(relative_error, grads, own_grads)
+    assert len(jax.tree.leaves(errors)) == 2
+    assert max(jax.tree.leaves(errors)) < (1e-4 if exact else 0.1)
+    assert holds_dense(apply, train) and not holds_dense(packed(apply), train)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +151,7 @@ def test_layers_multiply_as_they_did(make, x):
     [
         (lambda: nn.Dense(WIDTH, precision="highest"), X),
         (lambda: nn.Dense(WIDTH, dot_general=jax.lax.dot_general), X),
-        (lambda: nn.DenseGeneral(WIDTH, batch_dims=(0,)), X),
+        (lambda: nn.DenseGeneral(WIDTH, batch_dims=(0,)), X[:1]),
         (lambda: nn.Conv(WIDTH, (1,)), X),
         (lambda: Doubled(WIDTH), X),
     ],
@@ -144,9 +161,8 @@ def test_layers_that_multiply_otherwise_keep_their_way(make, x):
     model = Layer(make)
     params = quantize(model, x)
     apply = lambda params: model.apply({"params": params}, x)  # noqa: E731
-    own = jax.jit(packed(apply))(params)
-    assert np.allclose(own, jax.jit(apply)(meta.unbox(params)), rtol=1e-4, atol=1e-4)
     assert holds_dense(packed(apply), params)
+    assert str(jax.make_jaxpr(packed(apply))(params)) == str(jax.make_jaxpr(apply)(params))
 
 
 def test_flax_says_what_does_not_fit():

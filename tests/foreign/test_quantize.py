@@ -172,7 +172,7 @@ def test_frozen_dicts_sequences_and_partition_names_are_read():
 
 def test_a_tree_can_be_quantized_in_turns():
     tree = {"attn": {"kernel": np.ones((64, 64))}, "mlp": {"kernel": np.ones((64, 64))}}
-    first, _ = lqec.quantize_tree(tree, "rtn(bits=8)", "attn/*")
+    first, _ = lqec.quantize_tree(tree, RTN, "attn/*")
     second, report = lqec.quantize_tree(first, RTN)
     assert chosen(report) == {"mlp/kernel"}
     assert report["skipped"] == [{"path": "attn/kernel", "reason": "compressed already"}]

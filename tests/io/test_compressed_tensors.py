@@ -155,6 +155,21 @@ def test_with_an_adapter_beside_it_peft_gives_our_logits(bits, dequantize, tmp_p
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_trained_model_rounded_by_us_is_the_same_in_transformers(bits, shared, tmp_path):
+    tokens = np.random.RandomState(0).randint(0, 105, (4, 64))
+    recipe = f"rtn(bits={bits}, group_size=32, symmetric=True)"
+    model = lqec.compress(shared / "models" / "babyllama", recipe, tokens, seqlen=64, windows=4)
+    folder = export_model(model, tmp_path / "out", "compressed-tensors").folder
+    ours = np.asarray(lqec.logits(model, tokens))
+    theirs, torch = load(folder)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(logits - ours).max() <= 1e-4 < np.abs(ours).max()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
 def test_transformers_still_refuses_asymmetric_weights(tmp_path):
     # What ASYMMETRIC tells the user; when this fails, tell them something better.
     folder = export_model(make_model((4, 4), (0, 0), False), tmp_path / "out", "compressed-tensors")

@@ -88,6 +88,7 @@ def test_a_place_that_is_no_folder_is_refused(model, tmp_path):
         ("safetensors", {}, "format 'safetensors' is unknown; known: compressed-tensors, flax"),
         ("gptq", {"dtype": "int8"}, "dtype='int8'; one of auto, float32, bfloat16, float16"),
         ("gptq", {"gptq_version": 3}, "gptq_version=3; 1 or 2 was wanted"),
+        ("hf", {"base_onyl": True}, "option 'base_onyl' is unknown; did you mean 'base_only'?"),
         ("hf", {"gptq_version": 2}, "gptq_version is for format gptq, not hf"),
         ("gptq", {"base": "x"}, "base is for format peft, not gptq"),
         ("hf", {"dense": True}, "dense is for format flax, not hf"),
