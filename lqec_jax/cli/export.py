@@ -59,9 +59,10 @@ def verify(
     if json is not None:
         write_json(json, {**vars(found), "folder": str(found.folder)})
     if json != STDOUT:
+        worst = f"differ by at most {found.weight_difference:.3g}, in {found.weight_path}"
         print_line(
-            f"{found.folder}: {found.format}, {found.weights} weights; the largest difference is "
-            f"{found.weight_difference:.3g}, in {found.weight_path or 'none'}"
+            f"{found.folder}: {found.format}, {found.weights} weights "
+            f"{worst if found.weight_path else 'equal to the bit'}"
         )
         print_line(
             f"logits differ by at most {found.logit_difference:.3g}; the largest is "

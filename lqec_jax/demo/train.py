@@ -27,6 +27,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from safetensors.numpy import save_file
 
 from lqec_jax.api import load, perplexity
+from lqec_jax.calibration.data import cut_windows
 from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import get_at, unstack_blocks
 from lqec_jax.core.types import Params
@@ -40,6 +41,7 @@ from lqec_jax.prepare import read_windows
 from lqec_jax.train.losses import next_token_nll
 from lqec_jax.train.update import count_parts, init_state, make_update
 
+LOOK = 16  # held-out windows in the curve
 BETWEEN = "<|endoftext|>"  # before every document: the begin of one and the end of another
 CONFIG = ModelConfig(family="llama", vocab_size=1024, d_model=128, d_ff=384, layers=5, heads=4,
                      kv_heads=4, head_dim=32, max_length=256, tied_head=True)  # fmt: skip
@@ -71,7 +73,7 @@ class Settings:
     """How the model is trained; windows are as long as its context."""
 
     config: ModelConfig = CONFIG
-    updates: int = 2000
+    updates: int = 1800
     batch: int = 8
     lr: float = 6e-3
     least_lr: float = 0.05  # of lr, at the end of the cosine
@@ -98,7 +100,8 @@ def train(out: Path, settings: Settings, corpus: Corpus, reporter: Reporter) -> 
     write_tokenizer(tokenizer, out)
     write_text(corpus.calibrate, out / "calib.jsonl")
     write_text(corpus.held_out, out / "heldout.jsonl")
-    params, curve = train_model(encode(tokenizer, corpus.train), settings, reporter)
+    texts = (encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out))
+    params, curve = train_model(*texts, settings, reporter)
     write_model(params, settings.config, tokenizer.token_to_id(BETWEEN), out)
     record = {
         "corpus_sha256": corpus.sha256,
@@ -142,9 +145,12 @@ def encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> np
 
 
 def train_model(
-    tokens: np.ndarray, settings: Settings, reporter: Reporter
+    tokens: np.ndarray, held_out: np.ndarray, settings: Settings, reporter: Reporter
 ) -> tuple[Params, list[dict[str, float]]]:
-    """Trains from scratch on windows that begin anywhere; returns parameters and the curve."""
+    """Trains from scratch on windows that begin anywhere; returns parameters and the curve.
+
+    The held-out loss of the curve is over `LOOK` windows, and decides nothing.
+    """
     config, batch = settings.config, settings.batch
     fns = model_fns(config, jnp.float32, remat=False)
 
@@ -156,14 +162,17 @@ def train_model(
     params = jax.jit(partial(init_params, config))(jax.random.key(settings.seed))
     state = init_state(params, optimizer, select=lambda path, leaf: True)
     reporter.begin("training", settings.updates)
+    look = cut_windows(held_out, config.max_length, LOOK)
+    evaluate = jax.jit(lambda params: loss(params, look)[0])
     losses, curve = [], []
     for number, windows in enumerate(_draw_batches(tokens, settings), start=1):
         state, metrics = update(state, windows)
         losses.append(metrics["loss"])
         if number % settings.look_every == 0 or number == settings.updates:
             mean = float(np.mean(jax.device_get(losses)))
-            curve.append({"update": number, "train_loss": mean})
-            reporter.advance(number, f"loss {mean:.3f}")
+            val = float(evaluate(state.params))
+            curve.append({"update": number, "train_loss": mean, "val_loss": val})
+            reporter.advance(number, f"loss {mean:.3f}, held out {val:.3f}")
             losses = []
     return state.params, curve
 

@@ -49,6 +49,7 @@ def test_a_record_is_kept_of_what_was_done(trained):
     assert record["corpus_sha256"] == CORPUS.sha256
     assert record["documents"] == {"train": 6, "calibrate": 1, "held_out": 2}
     assert [point["update"] for point in record["curve"]] == [1, 2]
+    assert all(0 < point["val_loss"] < 6 for point in record["curve"])
     # Untrained, every id is about as likely as any other.
     assert record["curve"][0]["train_loss"] == pytest.approx(np.log(300), rel=0.05)
     assert record["held_out"] == score(folder)
