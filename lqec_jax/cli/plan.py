@@ -14,9 +14,7 @@ Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="A folder, weights in it or not, or a hub id.")
-    ],
+    model: Annotated[str, typer.Argument(help="A folder, weights in it or not, or a hub id.")],
     *,
     recipe: Recipe,
     seqlen: Seqlen = 512,
