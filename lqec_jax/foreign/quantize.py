@@ -45,6 +45,7 @@ def quantize_tree(
     Kernels are replaced by packed ones that read as the dense array: in linen by boxes that Flax
     opens itself, in NNX by an `nnx.Param` of their own kind. What a kernel is made of stays
     differentiable, so `partition(params)` separates the adapters for a training loop of yours.
+    Products inside `packed()` make no dense copy.
 
     Args:
       params: of linen: nested dicts, or variables with a 'params' collection; or an `nnx.Module`
