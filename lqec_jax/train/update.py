@@ -132,8 +132,8 @@ def choose_options(segments: int) -> dict[str, str] | None:
 
     XLA's order for CPUs runs whatever is ready. A segment is a loop and runs as one; segments of
     one block are no loops, and that order recomputes all their activations at once and holds them:
-    166 MiB against 40 for six blocks. The lean order runs one operation after another, which costs
-    a model of one segment a quarter of its wall time on two cores.
+    166 MiB against 40 for six blocks. The lean order runs one operation after another: 0.50 s
+    against 0.33 for an update of a small model of one segment on two cores.
     """
     return LEAN if segments > 1 and jax.default_backend() == "cpu" else None
 
