@@ -13,6 +13,7 @@ distance to the teacher. Killed, a comparison loses what its unfinished row has 
 import ast
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.page import TEACHER, render_comparison
 from lqec_jax.evaluate.report import describe_environment, make_finite, reset_peak_rss
 from lqec_jax.io.artifact import is_artifact
-from lqec_jax.io.files import write_json
+from lqec_jax.io.files import write_json, write_text
 from lqec_jax.io.hf import read_json
 from lqec_jax.io.run import STATE, partial_folder
 from lqec_jax.linear_steps import preview
@@ -334,7 +335,9 @@ class _Board:
                 f"{folder} was begun with another {', another '.join(changed)}; give the same, or "
                 "choose another name"
             )
-        return cls(folder, saved)
+        board = cls(folder, saved)
+        board.write()  # a kill may have come between the three files
+        return board
 
     def has(self, recipe: str, seed: int | None) -> bool:
         rows: Sequence[Mapping[str, Any]] = self.results["rows"]
@@ -347,8 +350,9 @@ class _Board:
     def write(self) -> None:
         """Writes the three files; results.json first, from which the others are made."""
         write_json(self.folder / RESULTS, self.results)
-        with (self.folder / TABLE).open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(self.results["rows"])
-        (self.folder / PAGE).write_text(render_comparison(self.results), "utf-8")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.results["rows"])
+        write_text(self.folder / TABLE, table.getvalue())
+        write_text(self.folder / PAGE, render_comparison(self.results))

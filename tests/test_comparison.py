@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,8 +14,10 @@ from lqec_jax.cli import main
 from lqec_jax.comparison import COLUMNS, PAGE, RESULTS, ROWS, TABLE, list_entries
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate.page import TEACHER
-from lqec_jax.io.run import Run
+from lqec_jax.io.artifact import is_artifact
+from lqec_jax.io.run import read_state
 from tests.golden.tiny_checkpoint import SEQLEN, hash_folder, write_checkpoint, write_tokens
+from tests.test_resume import kill
 
 RECIPES = ("rtn(bits=2, group_size=32)", "rtn(bits=2, group_size=32) | svd(rank=2)")
 WEIGHTS = "model.safetensors"
@@ -83,60 +86,105 @@ def test_what_cannot_be_a_row_is_refused(arguments, said):
 # ---- a run
 
 
+# Of the second row, the first block is committed and the second is not.
+IN_SECOND_ROW = """Run, 'commit', lambda run, **changes: (
+    changes.get('blocks') == 2 and 'svd' in run.state['fingerprint']['recipe'])"""
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model, two texts, and `out`: a comparison interrupted in its second row and resumed."""
+def quick():
+    """Programs compiled in a hurry, and kept for rows that would drop those before them."""
+    quick = {
+        "jax_disable_most_optimizations": True,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in quick}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quick.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(int(value)))
+        patch.setattr(jax, "clear_caches", lambda: None)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, quick):
+    """A model, two texts; `out`, a comparison killed in its second row and resumed; `whole`."""
     folder = tmp_path_factory.mktemp("compare")
-    write_checkpoint(folder / "model", num_hidden_layers=2)
+    # One shape of linears, so that a step is one program.
+    write_checkpoint(
+        folder / "model", num_hidden_layers=2, num_key_value_heads=4, intermediate_size=32
+    )
     write_tokens(folder / "calib.npy", 8)
     write_tokens(folder / "dev.npy", 7, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        commit = Run.commit
-
-        def interrupt(run, **changes):
-            if changes.get("blocks") == 2 and "svd" in run.state["fingerprint"]["recipe"]:
-                raise KeyboardInterrupt
-            commit(run, **changes)
-
-        patch.setattr(Run, "commit", interrupt)
-        assert main(command(folder)) == 130
-    folder.joinpath("before.json").write_bytes((folder / "out" / RESULTS).read_bytes())
-    folder.joinpath("partial").write_text(
-        " ".join(path.name for path in (folder / "out" / ROWS).glob("*.partial"))
-    )
+    kill(command(folder), IN_SECOND_ROW)
+    shutil.copytree(folder / "out", folder / "killed")
     assert main(command(folder, "--resume")) == 0
+    assert main(command(folder, out="whole")) == 0
     return folder
 
 
-def command(folder, *more, recipes=RECIPES):
+def command(folder, *more, recipes=RECIPES, out="out"):
     chosen = [word for recipe in recipes for word in ("--recipe", recipe)]
     words = ["compare", folder / "model", *chosen, "--calib", folder / "calib.npy",
              "--text", folder / "dev.npy", "--seqlen", SEQLEN, "--windows", 8,
-             "--text-windows", 6, "--out", folder / "out", "--quiet", *more]  # fmt: skip
+             "--text-windows", 6, "--out", folder / out, "--quiet", *more]  # fmt: skip
     return [str(word) for word in words]
 
 
-def read_rows(folder):
-    return json.loads((folder / "out" / RESULTS).read_text())["rows"]
+def read_rows(folder, out="out"):
+    return json.loads((folder / out / RESULTS).read_text())["rows"]
 
 
-def test_an_interrupted_comparison_keeps_its_rows_and_goes_on_within_one(folder):
-    before = json.loads((folder / "before.json").read_text())["rows"]
-    assert [row["recipe"] for row in before] == [TEACHER, RECIPES[0]]
-    assert (folder / "partial").read_text().startswith("rtn-svd-")
-    rows = read_rows(folder)
-    assert rows[:2] == before
-    assert [row["recipe"] for row in rows] == [TEACHER, *RECIPES]
-    assert not list((folder / "out" / ROWS).glob("*.partial"))
+def test_a_kill_leaves_whole_files_the_rows_before_it_and_a_run_to_go_on_with(folder):
+    killed = folder / "killed"
+    rows = read_rows(folder, "killed")
+    assert [row["recipe"] for row in rows] == [TEACHER, RECIPES[0]]
+    with (killed / TABLE).open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert (killed / PAGE).read_text().rstrip().endswith("</html>")
+    assert not list(killed.rglob("*.tmp"))
+    partial, finished = sorted(
+        (killed / ROWS).iterdir(), key=lambda path: path.suffix != ".partial"
+    )
+    assert str(finished.relative_to(killed)) == rows[1]["artifact"] and is_artifact(finished)
+    assert partial.name.startswith("rtn-svd-") and not is_artifact(partial)
+    assert read_state(partial)["blocks"] == 1
 
 
-def test_the_resumed_row_is_what_compress_makes(folder, tmp_path):
-    tokens = np.load(folder / "calib.npy")
-    lqec.compress(folder / "model", RECIPES[1], tokens, seqlen=SEQLEN, windows=8,
-                  out=tmp_path / "out")  # fmt: skip
-    row = read_rows(folder)[2]
-    ours = hash_folder(folder / "out" / row["artifact"])
-    assert ours[WEIGHTS] == hash_folder(tmp_path / "out")[WEIGHTS]
+def test_a_comparison_goes_on_within_a_row_and_keeps_those_before_it(folder):
+    killed, out = hash_folder(folder / "killed"), hash_folder(folder / "out")
+    finished = {name for name in killed if name.startswith(read_rows(folder)[1]["artifact"])}
+    assert len(finished) >= 5 and all(out[name] == killed[name] for name in finished)
+    assert read_rows(folder)[:2] == read_rows(folder, "killed")
+    assert sorted(path.name for path in (folder / "out" / ROWS).iterdir()) == sorted(
+        path.name for path in (folder / "whole" / ROWS).iterdir()
+    )
+
+
+def test_a_killed_and_resumed_comparison_gives_an_unbroken_ones_numbers(folder):
+    def numbers(out):
+        measured = ("seconds", "peak_rss_mb")
+        rows = read_rows(folder, out)
+        return [{name: row[name] for name in row if name not in measured} for row in rows]
+
+    assert numbers("out") == numbers("whole")
+    assert [row["recipe"] for row in numbers("out")] == [TEACHER, *RECIPES]
+    for row in numbers("out")[1:]:
+        out, whole = (folder / name / row["artifact"] / WEIGHTS for name in ("out", "whole"))
+        assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_table_and_a_page_that_a_kill_left_behind_are_made_again(folder, monkeypatch):
+    before = hash_folder(folder / "out")
+    for name in (TABLE, PAGE):
+        shutil.copyfile(folder / "killed" / name, folder / "out" / name)
+    monkeypatch.setattr(api, "compress", None)
+    assert main(command(folder, "--resume")) == 0
+    assert hash_folder(folder / "out") == before
 
 
 def test_a_row_says_what_the_verbs_say(folder):

@@ -3,8 +3,6 @@
 Everything is computed anew, by the verbs that a user calls; nothing needs a network.
 """
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.evaluate.generate import generate
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
 from lqec_jax.io.artifact import check_free
-from lqec_jax.io.files import replace_folder, write_json
+from lqec_jax.io.files import staged_folder, write_json
 from lqec_jax.models.model import Model
 from lqec_jax.prepare import read_windows
 
@@ -85,16 +83,10 @@ def run_demo(
     """
     out, settings, reporter = Path(out), settings or Settings(), reporter or Silent()
     check_out(out, overwrite)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-    try:
-        temporary.chmod(0o755)
+    with staged_folder(out, replace=overwrite) as temporary:
         result = _measure(temporary / ARTIFACT, settings, seed, reporter)
         write_json(temporary / RESULT, result)
         draw_demo(temporary / PLOT, result)
-        replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return result
 
 

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 from flax.core.meta import AxisMetadata
+from flax.linen.dtypes import canonicalize_dtype
 
+from lqec_jax.core.linear import linear
 from lqec_jax.errors import InputError
 from lqec_jax.foreign.axes import count_weights, order_axes, split_shape
 from lqec_kernels.formats import CompressedLinear, static
@@ -61,6 +63,34 @@ class PackedKernel(AxisMetadata):
     def __repr__(self) -> str:
         # Of static fields only: trees are also printed with other things in place of arrays.
         return f"PackedKernel(shape={self.shape}, axes={self.axes!r}, dtype={self.dtype})"
+
+
+def multiply(
+    x: Any, kernel: Any, bias: Any, axis: Sequence[int], features: Sequence[int], dtype: Any
+) -> jax.Array | None:
+    """Multiplies by a packed kernel as Flax's dense layers do by an array, and makes no dense copy.
+
+    Args:
+      axis: of x, over which it is contracted with the kernel's first axes, in the order of x.
+      features: sizes of the kernel's other axes.
+      dtype: of the product; None is what x, the array that was replaced and the bias promote to.
+    Returns:
+      [..., *features], or None where `kernel` is no packed one or does not fit: what Flax itself
+      says or does then is right.
+    """
+    if not isinstance(kernel, PackedKernel) or kernel.leaf.stack_shape:
+        return None
+    x = jnp.asarray(x)
+    axis = sorted(i % x.ndim for i in axis)
+    fits = kernel.shape == (*(x.shape[i] for i in axis), *features)
+    if not fits or kernel.axes != "i" * len(axis) + "o" * len(features):
+        return None
+    dtype = canonicalize_dtype(x, jnp.zeros((), kernel.dtype), bias, dtype=dtype)
+    x = jnp.moveaxis(x.astype(dtype), axis, range(-len(axis), 0))  # [..., *inputs]
+    lead = x.shape[: x.ndim - len(axis)]
+    y = linear(x.reshape(*lead, kernel.leaf.d_in), kernel.leaf)  # [..., d_out]
+    y = y.reshape(*lead, *features)  # [..., *features]
+    return y if bias is None else y + jnp.asarray(bias, dtype)
 
 
 @partial(jax.jit, static_argnums=1)

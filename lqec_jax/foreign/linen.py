@@ -4,13 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from flax.linen.dtypes import canonicalize_dtype, promote_dtype
+from flax.linen.dtypes import promote_dtype
 
-from lqec_jax.core.linear import linear
-from lqec_jax.foreign.kernel import PackedKernel
+from lqec_jax.foreign.kernel import PackedKernel, multiply
 
 COLLECTION = "params/"
 
@@ -44,7 +42,7 @@ def packed() -> Any:
     Without it a quantized kernel is made dense when its module reads it, and autodiff keeps the
     dense copy. Inside, neither pass does, see `lqec_jax.linear`. What else reads a kernel (own
     parameters, convolutions, layers with batch_dims, or with a dot_general, promote_dtype or
-    precision of their own) still reads the dense one.
+    precision of their own) still reads the dense one. NNX needs no context, see `foreign.nnx`.
 
     Flax applies it while a model is traced: open it inside the function that you compile.
 
@@ -62,21 +60,11 @@ def _multiply_packed(call: Callable, args: tuple, kwargs: dict, context: Any) ->
     if context.method_name != "__call__" or not _is_plain(module):
         return call(*args, **kwargs)
     kernel = module.get_variable("params", "kernel")
-    if not isinstance(kernel, PackedKernel) or kernel.leaf.stack_shape:
-        return call(*args, **kwargs)
-    x = jnp.asarray((*args, *kwargs.values())[0])
-    axis = sorted(i % x.ndim for i in _tuple(getattr(module, "axis", -1)))
-    features = _tuple(module.features)
-    fits = kernel.shape == (*(x.shape[i] for i in axis), *features)
-    if not fits or kernel.axes != "i" * len(axis) + "o" * len(features):
-        return call(*args, **kwargs)  # and Flax says what does not fit
     bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
-    dtype = canonicalize_dtype(x, jnp.zeros((), kernel.dtype), bias, dtype=module.dtype)
-    x = jnp.moveaxis(x.astype(dtype), axis, range(-len(axis), 0))  # [..., *inputs]
-    lead = x.shape[: x.ndim - len(axis)]
-    y = linear(x.reshape(*lead, kernel.leaf.d_in), kernel.leaf)  # [..., d_out]
-    y = y.reshape(*lead, *features)  # [..., *features]
-    return y if bias is None else y + jnp.asarray(bias, dtype)
+    axis, features = _tuple(getattr(module, "axis", -1)), _tuple(module.features)
+    x = (*args, *kwargs.values())[0]
+    y = multiply(x, kernel, bias, axis, features, module.dtype)
+    return call(*args, **kwargs) if y is None else y
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.foreign import axes as kernel_axes
 from lqec_jax.foreign import linen
 from lqec_jax.foreign.kernel import PackedKernel, box, to_matrix
-from lqec_jax.linear_steps import apply_steps
+from lqec_jax.linear_steps import apply_steps, preview_leaf
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_kernels.formats import CompressedLinear, Dense
 
@@ -45,7 +45,8 @@ def quantize_tree(
     Kernels are replaced by packed ones that read as the dense array: in linen by boxes that Flax
     opens itself, in NNX by an `nnx.Param` of their own kind. What a kernel is made of stays
     differentiable, so `partition(params)` separates the adapters for a training loop of yours.
-    Products inside `packed()` make no dense copy.
+    Products inside `packed()`, and those of an NNX module's linear layers anywhere, make no dense
+    copy.
 
     Args:
       params: of linen: nested dicts, or variables with a 'params' collection; or an `nnx.Module`
@@ -246,14 +247,8 @@ def _flatten_inputs(path: str, x: jax.Array, shape: tuple, letters: str) -> jax.
 def _check_weight(recipe: Recipe, path: str, w: Any, letters: str) -> None:
     """Refuses a weight before anything is computed: on its shape alone, but for finiteness."""
     _, d_in, d_out = kernel_axes.count_weights(w.shape, letters)
-    rows = jax.ShapeDtypeStruct((1, d_in), jnp.float32)
-    stats = jax.eval_shape(lambda x: collect([x], recipe.needs), rows)
-    matrix = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
-    problem = LinearProblem(matrix, stats, jax.eval_shape(jax.random.key, 0))
-    leaf = CompressedLinear(Dense(matrix))
     try:
-        for step in recipe.steps:
-            leaf = jax.eval_shape(step.run, problem, leaf)
+        preview_leaf(recipe, d_in, d_out)
     except InputError as error:
         raise InputError(f"{error} (at {path}; select= can leave it out)") from error
     if not _is_finite(w):

@@ -6,8 +6,7 @@ with an index where they are large. The folder is written under a temporary name
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,13 @@ from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate.card import CARD, render_card
 from lqec_jax.evaluate.page import render_report
-from lqec_jax.io.files import replace_folder, write_json, write_tensors
+from lqec_jax.io.files import (
+    check_writable,
+    staged_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from lqec_jax.io.hf import INDEX, SINGLE, Checkpoint, read_json
 from lqec_jax.io.leaves import flatten, unflatten
 from lqec_jax.io.tokenizer import Tokenizer, has_tokenizer
@@ -50,14 +55,8 @@ def save_artifact(model: Model, out: str | Path, *, overwrite: bool = False) -> 
     """
     out = Path(out)
     check_free(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        temporary.chmod(0o755)
+    with staged_folder(out, replace=overwrite) as temporary:
         write_artifact(model, temporary)
-        replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -73,33 +72,19 @@ def check_free(out: Path, overwrite: bool) -> None:
             raise InputError(f"{out} exists and is no lqec artifact; choose another name")
         if not overwrite:
             raise InputError(f"{out} exists; choose another name, or add --overwrite to replace it")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise InputError(
-            f"{out} cannot be written: {parent} is no folder that you may write to; choose another "
-            "place"
-        )
+    check_writable(out)
 
 
 def write_artifact(model: Model, folder: Path) -> None:
     """Writes the files of an artifact into an empty folder."""
     arrays, weights = name_arrays(model.params)
-    shards = list(shard_arrays(arrays))
-    if len(shards) == 1:
-        write_tensors(folder / SINGLE, shards[0])
-    else:
-        index = {}
-        for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(folder / name, shard)
-            index |= dict.fromkeys(shard, name)
-        write_json(folder / INDEX, {"weight_map": index})
+    write_weights(folder, sorted(arrays.items()), made_by="lqec")
     for path in model.tokenizer.files() if model.tokenizer else []:
         shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", model.raw_config)
     write_json(folder / REPORT, model.report)
-    (folder / PAGE).write_text(render_report(model.report), "utf-8")
-    (folder / CARD).write_text(render_card(model.report), "utf-8")
+    write_text(folder / PAGE, render_report(model.report))
+    write_text(folder / CARD, render_card(model.report))
     meta = {
         "format_version": FORMAT_VERSION,
         "recipe": model.recipe,
@@ -203,13 +188,43 @@ def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]
 
 
 def shard_arrays(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Cuts arrays, in order of name, into shards of at most `SHARD_BYTES` or one array."""
+    """Cuts arrays, in order of name, into the shards that an artifact has."""
+    return _fill_shards(sorted(arrays.items()))
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, made_by: str = "pt"
+) -> None:
+    """Writes tensors as they come: one file, or shards of at most `SHARD_BYTES` with an index."""
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _fill_shards(tensors):
+        write_tensors(folder / _part(len(shards)), shard, made_by=made_by)
+        shards.append(sorted(shard))
+        total += sum(array.nbytes for array in shard.values())
+    if len(shards) == 1:
+        os.rename(folder / _part(0), folder / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / _part(number), folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _fill_shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts a sequence of arrays into shards of at most `SHARD_BYTES`, or of one array."""
     shard: dict[str, np.ndarray] = {}
     size = 0
-    for name in sorted(arrays):
-        if shard and size + arrays[name].nbytes > SHARD_BYTES:
+    for name, array in tensors:
+        if shard and size + array.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
-        shard[name] = arrays[name]
-        size += arrays[name].nbytes
+        shard[name] = array
+        size += array.nbytes
     yield shard
+
+
+def _part(number: int) -> str:
+    return f"part-{number}"

@@ -6,10 +6,7 @@ folder, and records beside what it wrote which model it was and the hash of ever
 
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +18,7 @@ import numpy as np
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.io.artifact import is_artifact
 from lqec_jax.io.base import drop_corrections, hash_base
-from lqec_jax.io.files import write_json
+from lqec_jax.io.files import staged_folder, write_json
 from lqec_jax.io.hf import read_json
 from lqec_jax.io.tensor_file import read_chunks
 from lqec_jax.models.model import Model
@@ -88,7 +85,9 @@ def export_model(model: Model, out: str | Path, format: str, **given: Any) -> Ex
     out = Path(out)
     if options.base_only:
         model = replace(model, params=drop_corrections(model.params))
-    with _staged(out) as folder:
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists; an export replaces nothing, choose another name")
+    with staged_folder(out) as folder:
         notes = tuple(import_module(FORMATS[format]).write(model, folder, options))
         files = sorted(path for path in folder.iterdir())
         write_json(folder / RECORD, _describe(model, format, options, notes, files))
@@ -175,27 +174,6 @@ def _resolve_dtype(dtype: str) -> np.dtype | None:
     if dtype not in DTYPES:
         raise InputError(f"export: dtype={dtype!r}; one of auto, {', '.join(DTYPES)} was wanted")
     return DTYPES[dtype]
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """Gives an empty folder that takes the name `out` when all has been written to it."""
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists; an export replaces nothing, choose another name")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise InputError(
-            f"{out} cannot be written: {parent} is no folder that you may write to; choose another "
-            "place"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def find_files(record: Mapping[str, Any], folder: Path) -> list[str]:

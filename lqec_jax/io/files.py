@@ -1,14 +1,20 @@
-"""Files that are either whole or absent."""
+"""Files and folders that are either whole or absent."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from lqec_jax.errors import InputError
 
 # The dtypes of safetensors, in the order in which a file keeps them.
 _CODES = {"uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32",
@@ -16,33 +22,49 @@ _CODES = {"uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "
           "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, makes it durable, and renames it into place."""
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path`; what is written there is made durable and takes its place.
+
+    An exception leaves `path` as it was and nothing else; a kill leaves `path`.tmp, which the next
+    call writes over.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8, whole or not at all."""
+    with staged_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    with staged_file(path) as temporary, temporary.open("w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_tensors(path: Path, arrays: dict[str, np.ndarray], *, made_by: str = "lqec") -> None:
-    """Writes a safetensors file under a temporary name and renames it; equal input, equal bytes.
+    """Writes a safetensors file, whole or not at all; equal input, equal bytes.
 
     `made_by` is the metadata's `format`; transformers reads a file only where it is "pt".
     """
-    temporary = path.with_name(path.name + ".tmp")
     # safetensors writes memory as it lies, so a transposed view would be stored wrong.
     whole = {name: np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape)
              for name in sorted(arrays)}  # fmt: skip
-    save_file(whole, temporary, metadata={"format": made_by})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # safetensors makes it readable by its owner alone
-    os.replace(temporary, path)
+    with staged_file(path) as temporary:
+        save_file(whole, temporary, metadata={"format": made_by})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors makes it readable by its owner alone
 
 
 def measure_tensors(arrays: dict[str, np.ndarray], *, made_by: str = "lqec") -> int:
@@ -63,13 +85,76 @@ def measure_tensors(arrays: dict[str, np.ndarray], *, made_by: str = "lqec") -> 
     return 8 + -(-length // 8) * 8 + end
 
 
+def check_writable(out: Path) -> None:
+    """Refuses an output for which no folder can be made.
+
+    Raises:
+      InputError: the nearest folder above it that is there may not be written to.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"{out} cannot be written: {parent} is no folder that you may write to; choose another "
+            "place"
+        )
+
+
+@contextmanager
+def staged_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives an empty folder beside `out` that takes its name when all has been written to it.
+
+    An exception leaves nothing of it. A kill leaves a hidden folder, `.OUT-*.partial`, which the
+    next call for the same `out` removes; what another process is writing now is left alone.
+
+    Args:
+      replace: a folder at `out` gives way; without it none is ever lost.
+    Raises:
+      InputError: `out` cannot be written.
+      OSError: something came to be at `out` meanwhile, and `replace` is not set.
+    """
+    check_writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in _find_beside(out, ".partial"):
+        _remove_unless_held(left)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.parent))
+    held = os.open(temporary, os.O_RDONLY)
+    try:
+        # Where the file system knows no locks, nobody can take one to remove the folder either.
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_SH)
+        temporary.chmod(0o755)
+        yield temporary
+        if replace:
+            replace_folder(temporary, out)
+        else:
+            os.rename(temporary, out)
+    finally:
+        os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def replace_folder(finished: Path, target: Path) -> None:
     """Moves a finished folder to its name; an older one there disappears only afterwards."""
-    if not target.exists():
-        os.replace(finished, target)
-        return
-    # A name of its own: beside OUT may lie an OUT.old that is the user's.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, old / target.name)
+    if target.exists():
+        # A name of its own: beside OUT may lie an OUT.old that is the user's.
+        old = tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".old", dir=target.parent)
+        os.replace(target, Path(old) / target.name)
     os.replace(finished, target)
-    shutil.rmtree(old, ignore_errors=True)
+    for old in _find_beside(target, ".old"):  # a killed run's too
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _find_beside(out: Path, suffix: str) -> list[Path]:
+    """Returns the folders that `mkdtemp` made beside `out` with this suffix."""
+    return list(out.parent.glob(f".{glob.escape(out.name)}-{'[a-z0-9_]' * 8}{suffix}"))
+
+
+def _remove_unless_held(folder: Path) -> None:
+    """Removes a folder that no living process has locked."""
+    with suppress(OSError):  # locked, or removed by another
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)

@@ -4,9 +4,8 @@ Kernels are transposed back to [d_out, d_in]; a compressed weight becomes the on
 stands for, transforms and corrections included.
 """
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +14,10 @@ import numpy as np
 
 from lqec_jax.core.tree import get_at, is_compressed
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact import SHARD_BYTES
+from lqec_jax.io.artifact import write_weights
 from lqec_jax.io.base import each_block
 from lqec_jax.io.export import ExportOptions
-from lqec_jax.io.files import write_json, write_tensors
-from lqec_jax.io.hf import INDEX, SINGLE
+from lqec_jax.io.files import write_json
 from lqec_jax.models import families
 from lqec_jax.models.families import StoredTensor
 from lqec_jax.models.model import Model
@@ -105,25 +103,6 @@ def cast(array: np.ndarray, dtype: np.dtype | None, path: str) -> np.ndarray:
     return rounded
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes tensors as they come, in shards of at most `SHARD_BYTES` with an index."""
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _fill_shards(tensors):
-        write_tensors(folder / _part(len(shards)), shard, made_by="pt")
-        shards.append(sorted(shard))
-        total += sum(array.nbytes for array in shard.values())
-    if len(shards) == 1:
-        os.rename(folder / _part(0), folder / SINGLE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / _part(number), folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
 def write_config(
     model: Model,
     folder: Path,
@@ -143,18 +122,3 @@ def write_config(
     write_json(folder / "config.json", raw)
     for path in model.tokenizer.files() if model.tokenizer else []:
         shutil.copyfile(path, folder / path.name)
-
-
-def _fill_shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    for name, array in tensors:
-        held = sum(a.nbytes for a in shard.values())
-        if shard and held + array.nbytes > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = array
-    yield shard
-
-
-def _part(number: int) -> str:
-    return f"part-{number}"

@@ -1,5 +1,7 @@
 """NNX modules: a new module whose kernels are packed, under NNX's own transforms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ from flax import nnx
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
-from lqec_jax.foreign.nnx import PackedParam
-from tests.foreign.models import FF, LAYERS, RECIPE, WIDTH, Perceptron
+from lqec_jax.foreign.nnx import PackedLinear, PackedLinearGeneral, PackedParam
+from tests.foreign.models import FF, HEADS, LAYERS, RECIPE, WIDTH, Perceptron
+from tests.foreign.test_linen import holds_dense, relative_error
 
 X = np.random.RandomState(0).standard_normal((5, WIDTH)).astype(np.float32)
 SELECT = ["*/kernel", "mix"]
@@ -84,12 +87,90 @@ def test_gradients_flow_to_inputs_and_adapters(small):
     assert np.allclose(got.b, low.a.T @ g, rtol=1e-3, atol=1e-5)
 
 
+class Pair(nnx.Module):
+    """One layer twice: shared."""
+
+    def __init__(self, layer):
+        self.first = self.second = layer
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_layers_multiply_by_packed_weights_forward_and_backward():
+    layer = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    small = lqec.quantize_tree(Pair(layer), RECIPE, "*/kernel").params
+    assert type(small.first) is PackedLinear and small.second is small.first
+    assert type(layer) is nnx.Linear and isinstance(small.first, nnx.Linear)
+    definition, state = nnx.split(small)
+    train, frozen = lqec.partition(state, "adapters")
+
+    def loss(train, definition, frozen):
+        return jnp.mean(jnp.square(nnx.merge(definition, lqec.combine(train, frozen))(X)))
+
+    # The same arrays in the layers as they were, which unpack them.
+    plain, _ = nnx.split(Pair(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))))
+    grad, dense = (
+        jax.jit(jax.grad(partial(loss, definition=d, frozen=frozen)))(train)
+        for d in (definition, plain)
+    )
+    errors = jax.tree.map(relative_error, dense, grad)
+    assert len(jax.tree.leaves(errors)) == 2 and max(jax.tree.leaves(errors)) < 1e-4
+    packed, unpacked = (partial(loss, definition=d, frozen=frozen) for d in (definition, plain))
+    assert not holds_dense(packed, train) and not holds_dense(jax.grad(packed), train)
+    assert holds_dense(unpacked, train)
+
+
+@pytest.mark.parametrize(
+    "inputs, outputs, axis, x",
+    [
+        (WIDTH, (HEADS, 8), -1, X),
+        ((HEADS, 8), WIDTH, (-2, -1), X.reshape(5, HEADS, 8)),
+        ((HEADS, 8), (2, 16), (2, 0), np.moveaxis(X.reshape(5, HEADS, 8), 1, 0)),
+    ],
+    ids=["query", "out", "axes"],
+)
+def test_general_layers_do_too(inputs, outputs, axis, x):
+    layer = nnx.LinearGeneral(inputs, outputs, axis=axis, rngs=nnx.Rngs(0))
+    small = lqec.quantize_tree(layer, RECIPE, "kernel").params
+    assert type(small) is PackedLinearGeneral and not holds_dense(small, x)
+    assert np.allclose(apply(small, x), apply(make_dense(small), x), atol=1e-5)
+
+
+class Doubled(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(nnx.Linear, precision="highest"),
+        partial(nnx.Linear, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
+        partial(nnx.Linear, preferred_element_type=jnp.float32),
+        Doubled,
+    ],
+    ids=["precision", "dot_general", "element_type", "subclass"],
+)
+def test_layers_that_multiply_otherwise_keep_their_way(make):
+    layer = make(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    small = lqec.quantize_tree(layer, RECIPE, "kernel").params
+    assert type(small) is (PackedLinear if type(layer) is nnx.Linear else Doubled)
+    definition, _ = nnx.split(layer)
+    plain = nnx.merge(definition, nnx.state(small))
+    assert type(plain) is type(layer) and holds_dense(small, X)
+    assert str(jax.make_jaxpr(small)(X)) == str(jax.make_jaxpr(plain)(X))
+
+
 def test_a_state_can_be_quantized_too(model, small):
     definition, state = nnx.split(model)
     packed, _ = lqec.quantize_tree(state, RECIPE, "up/kernel")
     packed, report = lqec.quantize_tree(packed, RECIPE, SELECT)
     assert isinstance(packed, nnx.State)
-    assert np.array_equal(apply(nnx.merge(definition, packed), X), apply(small.params, X))
+    # Its definition is its owner's, so its layers read the dense weights.
+    merged = nnx.merge(definition, packed)
+    assert type(merged.up) is nnx.Linear and holds_dense(merged, X)
+    assert np.allclose(apply(merged, X), apply(small.params, X), atol=1e-5)
     assert report["skipped"] == [{"path": "up/kernel", "reason": "compressed already"}]
 
 

@@ -1,19 +1,84 @@
 """Files are whole or absent: what a failure leaves, and what is left beside them."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lqec_jax.errors import InputError
 from lqec_jax.io import files
-from lqec_jax.io.files import replace_folder, write_json, write_tensors
+from lqec_jax.io.files import (
+    check_writable,
+    replace_folder,
+    staged_file,
+    staged_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lqec_jax.io import files
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+out = Path(sys.argv[1])
+{body}
+"""
+IN_FOLDER = """
+with files.staged_folder(out, replace=True) as folder:
+    (folder / "a").write_text("half")
+    die()
+"""
+IN_FILE = """
+with files.staged_file(out / "a") as file:
+    file.write_text("half")
+    die()
+"""
+# The old folder has left its place, the new one has not come there.
+BETWEEN_RENAMES = """
+rename, calls = os.replace, []
+def replace(*paths):
+    if calls:
+        die()
+    calls.append(paths)
+    rename(*paths)
+files.os.replace = replace
+with files.staged_folder(out, replace=True) as folder:
+    (folder / "a").write_text("new")
+"""
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def kill_in(body, out):
+    script = KILLED.format(body=body)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(out)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder `out` that holds a file, `a`, of the text "old"."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    return tmp_path / "out"
 
 
 def test_json_comes_back_and_leaves_no_temporary_name(tmp_path):
@@ -83,6 +148,103 @@ def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+# ---- one file
+
+
+def test_a_text_is_utf8_and_an_exception_half_way_leaves_the_old_one_alone(old):
+    write_text(old / "a", "é\n")
+    assert (old / "a").read_bytes() == b"\xc3\xa9\n"
+    with pytest.raises(RuntimeError, match="half way"), staged_file(old / "a") as file:
+        file.write_text("half")
+        raise RuntimeError("half way")
+    assert (old / "a").read_text("utf-8") == "é\n" and names(old) == ["a"]
+
+
+def test_a_kill_within_a_file_leaves_the_old_one_and_a_name_that_is_used_again(old):
+    kill_in(IN_FILE, old)
+    assert (old / "a").read_text() == "old" and names(old) == ["a", "a.tmp"]
+    write_text(old / "a", "new")
+    assert (old / "a").read_text() == "new" and names(old) == ["a"]
+
+
+# ---- a folder
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_staged_folder_has_its_name_only_when_it_is_whole(replace, tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out, replace=replace) as folder:
+        (folder / "a").write_text("new")
+        assert not out.exists() and folder.parent == out.parent
+    assert names(out.parent) == ["out"] and (out / "a").read_text() == "new"
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
+
+
+def test_a_folder_gives_way_only_where_that_is_said(old):
+    with staged_folder(old, replace=True) as folder:
+        (folder / "b").write_text("new")
+        assert names(old) == ["a"]
+    assert names(old) == ["b"] and names(old.parent) == ["out"]
+    with pytest.raises(OSError, match="not empty"), staged_folder(old) as folder:
+        (folder / "c").write_text("newer")
+    assert names(old) == ["b"] and names(old.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_half_way_leaves_the_old_folder_and_nothing_else(error, old):
+    for replace in (True, False):
+        with pytest.raises(error), staged_folder(old, replace=replace) as folder:
+            (folder / "a").write_text("half")
+            raise error
+        assert (old / "a").read_text() == "old" and names(old.parent) == ["out"]
+
+
+def test_a_kill_half_way_leaves_a_partial_folder_that_the_next_run_removes(old):
+    kill_in(IN_FOLDER, old)
+    assert (old / "a").read_text() == "old" and names(old) == ["a"]
+    left, _ = names(old.parent)
+    assert left.startswith(".out-") and left.endswith(".partial")
+    # What only looks alike is somebody's.
+    for name in (".out-mine.partial", ".outer-abcdefgh.partial", "out.partial"):
+        (old.parent / name).mkdir()
+    with staged_folder(old, replace=True) as folder:
+        assert not (old.parent / left).exists()
+        (folder / "a").write_text("new")
+    assert names(old.parent) == [".out-mine.partial", ".outer-abcdefgh.partial", "out",
+                                 "out.partial"]  # fmt: skip
+    assert (old / "a").read_text() == "new"
+
+
+def test_a_kill_between_the_renames_loses_neither_folder_and_the_next_run_removes_both(old):
+    kill_in(BETWEEN_RENAMES, old)
+    new, aside = sorted(names(old.parent), key=lambda name: name.endswith(".old"))
+    assert (old.parent / new / "a").read_text() == "new"
+    assert (old.parent / aside / "out" / "a").read_text() == "old"
+    with staged_folder(old, replace=True) as folder:
+        (folder / "a").write_text("newer")
+        assert names(old.parent) == sorted([aside, folder.name])  # until there is another
+    assert names(old.parent) == ["out"] and (old / "a").read_text() == "newer"
+
+
+def test_what_another_writes_now_is_left_alone(tmp_path):
+    out = tmp_path / "[out]*"  # a name is no pattern
+    with staged_folder(out, replace=True) as first:
+        (first / "a").write_text("first")
+        with staged_folder(out, replace=True) as second:
+            (second / "a").write_text("second")
+            assert names(tmp_path) == sorted([first.name, second.name])
+        assert (out / "a").read_text() == "second"
+    assert names(tmp_path) == [out.name] and (out / "a").read_text() == "first"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for call in (check_writable, lambda out: staged_folder(out).__enter__()):
+        with pytest.raises(InputError, match="file is no folder that you may write to"):
+            call(tmp_path / "file" / "deep" / "out")
+    assert names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("exists", [False, True])

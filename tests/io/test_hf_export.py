@@ -11,7 +11,7 @@ from safetensors import safe_open
 import lqec_jax as lqec
 from lqec_jax.core.tree import set_at
 from lqec_jax.errors import InputError
-from lqec_jax.io import hf_export
+from lqec_jax.io import artifact
 from lqec_jax.io.export import export_model
 from lqec_jax.io.hf import INDEX
 from tests.golden.tiny_checkpoint import write_checkpoint
@@ -70,7 +70,7 @@ def test_a_dense_model_keeps_its_dtype_and_its_tensors(tmp_path):
 
 
 def test_shards_have_an_index(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_export, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(artifact, "SHARD_BYTES", 20_000)
     done = export_model(model, tmp_path / "out", "hf")
     index = json.loads((done.folder / INDEX).read_text())
     files = sorted(path.name for path in done.folder.glob("*.safetensors"))

@@ -22,17 +22,11 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     said = checkpoint.config.get("quantization_config", {})
     if said.get("format") != "pack-quantized":
         raise InputError(f"{folder}/config.json: its quantization_config is not pack-quantized")
-    found = {
-        name: thunk
-        for name, thunk in hf.read(folder, record).items()
-        if name.rpartition(".")[2] not in PARTS
-    }
-    for name in checkpoint.names():
-        if name.endswith(".weight_packed"):
-            module = name.removesuffix(".weight_packed")
-            scheme = _find_scheme(folder, said, module)
-            found[f"{module}.weight"] = partial(_read, checkpoint, module, scheme)
-    return found
+
+    def open_packed(module: str) -> Callable[[], np.ndarray]:
+        return partial(_read, checkpoint, module, _find_scheme(folder, said, module))
+
+    return hf.read_beside(checkpoint, PARTS, open_packed)
 
 
 def _find_scheme(folder: Path, said: Mapping[str, Any], module: str) -> Mapping[str, Any]:

@@ -22,16 +22,7 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     said = checkpoint.config.get("quantization_config", {})
     if said.get("quant_method") != "gptq" or said.get("checkpoint_format") not in STORED_LESS:
         raise InputError(f"{folder}/config.json: its quantization_config is not gptq's")
-    found = {
-        name: thunk
-        for name, thunk in hf.read(folder, record).items()
-        if name.rpartition(".")[2] not in PARTS
-    }
-    for name in checkpoint.names():
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            found[f"{module}.weight"] = partial(_read, checkpoint, module, said)
-    return found
+    return hf.read_beside(checkpoint, PARTS, lambda m: partial(_read, checkpoint, m, said))
 
 
 def _read(checkpoint: Checkpoint, module: str, said: Mapping[str, Any]) -> np.ndarray:
