@@ -12,35 +12,29 @@ are files. A finished block is committed with both streams, see `io.run`.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.calibration.collect import collect
+from lqec_jax.block_chain import BlockChain, Chained, describe_fit, wrap_linears
+from lqec_jax.calibration.fisher import diagonal_fisher
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at, set_at, stack_blocks, unstack_blocks
-from lqec_jax.core.types import (
-    LinearProblem,
-    LinearStats,
-    ModelFns,
-    ModelProblem,
-    Params,
-    Step,
-)
+from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.types import ModelProblem, Params, Step
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
 from lqec_jax.io.checkpoints import Checkpoints
+from lqec_jax.io.files import write_tensors
 from lqec_jax.io.run import Run
-from lqec_jax.linear_steps import apply_steps, describe
+from lqec_jax.io.tensor_file import read_entry, read_header
+from lqec_jax.linear_steps import describe
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import Recipe
-from lqec_kernels.formats import CompressedLinear, Dense
+from lqec_jax.streams import Streams
 
-# Windows that walk through a block together, in tokens.
-STREAM_TOKENS = 4096
 # Activations of a training update above which blocks are recomputed in the backward pass, in bytes.
 REMAT_BYTES = 2**30
 
@@ -104,10 +98,11 @@ class Driver:
         self.key = jax.random.key(self.seed)
         # Without statistics the student is only ever read where it is scored.
         windows = self.text.windows
-        self.walked = {
+        walked = {
             "teacher": windows,
-            "student": windows if self.recipe.needs else self.text.score,
+            "student": windows if self.recipe.reads_student else self.text.score,
         }
+        self.streams = Streams(self.run, self.fns, walked, config.d_model, self.dtype)
 
     @property
     def phases(self) -> tuple[tuple[Step, ...], ...]:
@@ -131,93 +126,87 @@ class Driver:
     def _stream(self, phase: int, steps: Sequence[Step]) -> None:
         started = time.perf_counter()
         layers, done = self.source.config.layers, self.run.state["blocks"]
+        if any("fisher" in step.needs for step in steps):
+            self._find_fisher()
         self.reporter.begin(_name(steps) or "teacher", layers, done)
-        streams = ("teacher", "student") if phase == 0 else ("student",)
+        # A later phase walks the teacher again only for steps that compare with it.
+        compared = phase == 0 or any(step.scope == "block" for step in steps)
+        names = ("teacher", "student") if compared else ("student",)
         if done == 0:
-            self._open_streams(streams)
+            self.streams.open(self.outer, names)
         for layer in range(done, layers):
-            block, linears = self._compress_block(phase, layer, steps)
-            for name in streams:
-                self._advance(name, layer, block if name == "student" else self._dense_block(layer))
-            self.run.save_block(phase, layer, block)
+            chained = self._compress_block(phase, layer, steps)
+            for name in names:
+                block = chained.block if name == "student" else self._dense_block(layer)
+                self.streams.advance(name, layer, block)
+            self.run.save_block(phase, layer, chained.block)
             seconds = self.run.state.get("phase_seconds", 0.0) + time.perf_counter() - started
             started = time.perf_counter()
-            all_linears = {**self.run.state.get("linears", {}), **linears}
-            self.run.commit(blocks=layer + 1, linears=all_linears, phase_seconds=seconds)
+            self.run.commit(blocks=layer + 1, phase_seconds=seconds, **self._reported(chained))
             self.reporter.advance(layer + 1)
         self._score_streams(phase, steps)
 
-    def _compress_block(self, phase: int, layer: int, steps: Sequence[Step]):
-        """Returns one compressed block and what is to be reported of its linears."""
+    def _compress_block(self, phase: int, layer: int, steps: Sequence[Step]) -> Chained:
         dense = self._dense_block(layer)
-        block = _wrap(self.fns, dense) if phase == 0 else self.run.load_block(phase - 1, layer)
-        needs = frozenset().union(*(step.needs for step in steps))
-        report = {}
-        for group in self.fns.linear_groups:
-            # Collected again for every group: its inputs come through what was just compressed.
-            stats = self._collect(layer, block, group[0], needs)
-            for path in group:
-                name = f"blocks/{layer}/{path}"
-                number = layer * len(self.fns.linears) + self.fns.linears.index(path)
-                key = jax.random.fold_in(self.key, number)
-                w = get_at(dense, f"{path}/kernel").astype(jnp.float32)
-                problem = LinearProblem(w, stats, key)
-                leaf = get_at(block, f"{path}/kernel")
-                leaf, entry = apply_steps(name, steps, problem, leaf)
-                earlier = self.run.state.get("linears", {}).get(name, {}).get("steps", [])
-                report[name] = {**entry, "steps": earlier + entry["steps"]}
-                block = set_at(block, f"{path}/kernel", leaf)
-        return block, report
+        block = self.run.load_block(phase - 1, layer) if phase else wrap_linears(self.fns, dense)
+        chain = BlockChain(
+            streams=self.streams,
+            fisher=self._load_fisher,
+            phase=phase,
+            train=len(self.text.train),
+            val=len(self.text.val),
+            key=self.key,
+            progress=partial(self._show_block, layer),
+        )
+        return chain.run(layer, dense, block, steps)
+
+    def _show_block(self, layer: int, done: int, total: int, message: str) -> None:
+        self.reporter.advance(layer, f"blocks/{layer}: {message} {done}/{total}")
+
+    def _reported(self, chained: Chained) -> dict[str, Any]:
+        """Returns what the run keeps of a block, beside what earlier phases said of it."""
+        linears = dict(self.run.state.get("linears", {}))
+        for name, report in chained.linears.items():
+            earlier = linears.get(name, {}).get("steps", [])
+            linears[name] = {**report, "steps": earlier + report["steps"]}
+        fits = [*self.run.state.get("fits", []), *chained.fits]
+        return {"linears": linears, "fits": fits}
 
     def _dense_block(self, layer: int) -> Params:
         return jax.tree.map(jnp.asarray, self.source.block(layer))
 
-    def _collect(self, layer: int, block: Params, path: str, needs: frozenset[str]) -> LinearStats:
-        if not needs:
-            return LinearStats()
-        read = _inputs(self.fns, path)
-        h = self._slot("student", layer)[: len(self.text.train)]
-        return collect((read(block, rows) for rows in self._batches(h)), needs)
+    # ---- the teacher's gradients
 
-    # ---- streams
+    def _find_fisher(self) -> None:
+        """Writes every block's diagonal Fisher beside the run's blocks, once a run."""
+        if self.run.state.get("fisher"):
+            return
+        folder, layers = self.run.folder / "fisher", self.source.config.layers
+        folder.mkdir(exist_ok=True)
+        self.reporter.begin("fisher", layers)
+        sweep = diagonal_fisher(
+            self.fns, self.outer, self._dense_block, layers, self.text.train, folder
+        )
+        for done, (layer, squares) in enumerate(sweep, start=1):
+            write_tensors(folder / f"block-{layer}.safetensors", squares)
+            self.reporter.advance(done)
+        self.run.commit(fisher=True)
 
-    def _open_streams(self, names: Sequence[str]) -> None:
-        embed = jax.jit(self.fns.embed)
-        for name in names:
-            out, windows = self._slot(name, 0), self.walked[name]
-            for rows in self._rows(len(windows)):
-                out[rows] = embed(self.outer, windows[rows])
-            out.flush()
-
-    def _advance(self, name: str, layer: int, block: Params) -> None:
-        """Walks all windows through one block, from one slot of a stream into the other."""
-        apply, out = _apply_block(self.fns), self._slot(name, layer + 1)
-        h = self._slot(name, layer)
-        for rows in self._rows(len(h)):
-            out[rows] = apply(block, np.asarray(h[rows]))
-        out.flush()
-
-    def _slot(self, name: str, layer: int) -> np.memmap:
-        """Returns a stream as it stands before block `layer`."""
-        n, t = self.walked[name].shape
-        shape = (n, t, self.source.config.d_model)
-        return self.run.stream(name, layer % 2, shape, self.dtype)
-
-    def _rows(self, count: int):
-        size = max(1, STREAM_TOKENS // self.text.windows.shape[1])
-        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-
-    def _batches(self, h):
-        return (np.asarray(h[rows]) for rows in self._rows(len(h)))
+    def _load_fisher(self, layer: int) -> dict[str, jax.Array]:
+        path = self.run.folder / "fisher" / f"block-{layer}.safetensors"
+        entries = read_header(path)
+        return {name: jnp.asarray(read_entry(entry)) for name, entry in entries.items()}
 
     def _score_streams(self, phase: int, steps: Sequence[Step]) -> None:
         seconds = self.run.state.get("phase_seconds", 0.0)
         layers = self.source.config.layers
         if phase == 0:
-            self._add_stage(phase, "teacher", self._score(self._slot("teacher", layers)), 0.0)
+            self._add_stage(
+                phase, "teacher", self._score(self.streams.slot("teacher", layers)), 0.0
+            )
         if steps:
             self._add_stage(
-                phase, _name(steps), self._score(self._slot("student", layers)), seconds
+                phase, _name(steps), self._score(self.streams.slot("student", layers)), seconds
             )
         self.run.commit(phase_seconds=0.0)
 
@@ -240,7 +229,7 @@ class Driver:
 
     def _run_model_step(self, phase: int, step: Step) -> None:
         session = _Session(self.run.training(phase), step, self.reporter, time.perf_counter())
-        teacher = self._slot("teacher", self.source.config.layers)[
+        teacher = self.streams.slot("teacher", self.source.config.layers)[
             : len(self.text.train) + len(self.text.val)
         ]
         problem = ModelProblem(
@@ -256,13 +245,7 @@ class Driver:
         solution = step.run(problem)
         session.close()
         self._keep(phase, solution.params)
-        fit = {
-            "phase": phase,
-            "method": step.name,
-            "best_update": solution.best_update,
-            "history": [point._asdict() for point in solution.history],
-            "notes": list(solution.notes),
-        }
+        fit = {"phase": phase, **describe_fit(step, solution)}
         for note in solution.notes:
             self.reporter.say(f"{step.name}: {note}")
         self._replace("fits", fit)
@@ -317,26 +300,6 @@ class _Session:
 
     def close(self) -> None:
         self._checkpoints.close()
-
-
-@lru_cache(maxsize=8)
-def _apply_block(fns: ModelFns) -> Callable:
-    return jax.jit(lambda block, h: fns.block(block, h)[0])
-
-
-@lru_cache(maxsize=64)
-def _inputs(fns: ModelFns, path: str) -> Callable:
-    """Returns a compiled (block, h) -> what one linear reads, computing no more of the block."""
-    return jax.jit(lambda block, h: fns.block(block, h)[1][path])
-
-
-def _wrap(fns: ModelFns, dense: Params) -> Params:
-    """Makes every linear of a dense block a CompressedLinear with nothing compressed yet."""
-    for path in fns.linears:
-        dense = set_at(
-            dense, f"{path}/kernel", CompressedLinear(Dense(get_at(dense, f"{path}/kernel")))
-        )
-    return dense
 
 
 def _name(steps: Sequence[Step]) -> str:

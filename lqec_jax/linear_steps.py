@@ -1,13 +1,21 @@
 """Linear steps applied to one weight: for real, with a report, or on shapes alone."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.core.types import LinearProblem, LinearStats, ModelFns, Step, weight_error
+from lqec_jax.core.types import (
+    LinearProblem,
+    LinearStats,
+    ModelFns,
+    Step,
+    run_linear,
+    weight_error,
+)
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import Recipe
 from lqec_kernels.formats import CompressedLinear, Dense
@@ -27,14 +35,14 @@ def apply_steps(
     entries = []
     for step in steps:
         try:
-            leaf, before, after = _jitted(step)(problem, leaf)
+            leaf, facts, before, after = _jitted(step)(problem, leaf)
         except InputError as error:
             raise InputError(f"{error} (at {name})") from error
         if not np.isfinite(after):
             raise FloatingPointError(f"{step.name} made {name} non-finite ({step} -> {after})")
         entries.append(
             {"method": step.name, "objective": step.objective_name, "before": float(before),
-             "after": float(after), "notes": []}
+             "after": float(after), "notes": _notes(step, facts)}
         )  # fmt: skip
     return leaf, {**describe(name, problem.w, leaf), "steps": entries}
 
@@ -63,25 +71,33 @@ def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -
     """
     leaves = {}
     for path in fns.linears:
-        d_in, d_out = shapes[path]
-        w = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
-        stats = LinearStats(**{n: jax.ShapeDtypeStruct((d_in,), jnp.float32) for n in recipe.needs})
-        problem = LinearProblem(w, stats, jax.eval_shape(jax.random.key, 0))
         try:
-            leaves[path] = _preview_leaf(recipe, problem)
+            leaves[path] = preview_leaf(recipe, *shapes[path])
         except InputError as error:
             raise InputError(f"{error} (at every block's {path})") from error
     return leaves
 
 
-def _preview_leaf(recipe: Recipe, problem: LinearProblem) -> CompressedLinear:
-    leaf = CompressedLinear(Dense(problem.w))
+def preview_leaf(recipe: Recipe, d_in: int, d_out: int) -> CompressedLinear:
+    """Returns what a recipe makes of one weight, as shapes.
+
+    Raises:
+      InputError: a step refuses the shape.
+    """
+    w = jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)
+    stats = LinearStats.shapes(recipe.needs, d_in, d_out)
+    problem = LinearProblem(w, stats, jax.eval_shape(jax.random.key, 0))
+    leaf = CompressedLinear(Dense(w))
     for step in recipe.steps:
         if step.scope == "linear":
-            leaf = jax.eval_shape(step.run, problem, leaf)
+            leaf, _ = jax.eval_shape(partial(run_linear, step), problem, leaf)
         else:
             leaf = jax.eval_shape(step.preview, leaf)
     return leaf
+
+
+def _notes(step: Step, facts: Any) -> list[str]:
+    return [] if step.notes is None else list(step.notes(jax.device_get(facts)))
 
 
 @lru_cache(maxsize=64)
@@ -89,8 +105,8 @@ def _jitted(step: Step) -> Callable:
     """Compiles a step once a shape, with its objective before and after."""
 
     def run(problem: LinearProblem, leaf: CompressedLinear):
-        new = step.run(problem, leaf)
-        return new, step.objective(problem, leaf), step.objective(problem, new)
+        new, facts = run_linear(step, problem, leaf)
+        return new, facts, step.objective(problem, leaf), step.objective(problem, new)
 
     return jax.jit(run)
 

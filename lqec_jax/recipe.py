@@ -43,6 +43,11 @@ class Recipe:
         """Returns the names of all input statistics that some step asks for."""
         return frozenset().union(*(step.needs for step in self.steps))
 
+    @property
+    def reads_student(self) -> bool:
+        """Says whether some step reads what the student computes inside."""
+        return bool(self.needs) or any(step.scope == "block" for step in self.steps)
+
 
 def parse_recipe(text: str | Recipe) -> Recipe:
     """Reads a recipe.

@@ -1,12 +1,17 @@
-"""Four simulated devices, a compilation cache, `--slow`, and where real models and texts lie."""
+"""Four simulated devices, quick compilation, `--slow`, and where real models and texts lie."""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LAPACK's threads wait for one another by spinning: where workers share cores, an SVD with two of
+# them takes ten times the CPU time of one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from tests.compiling import compile_quickly  # noqa: E402
 
 # Only possible before a backend starts.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -16,14 +21,26 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--optimize", action="store_true", help="compile as outside of the tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    # Tests of a file share what is compiled; spread over workers, each would compile it.
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
 
 
 def pytest_configure(config):
+    if not config.getoption("--optimize"):
+        compile_quickly()
     # JAX writes an entry in place and locks nothing: processes that share a folder may read half of
     # one. So each worker has its own, and an entry that a killed run left unfinished is no failure.
     if hasattr(config, "cache"):
         worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))
+        # Compiled quickly, an update of a training that is run again would be below the default.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config.addinivalue_line(
         "filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning"
     )

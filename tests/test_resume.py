@@ -29,11 +29,12 @@ from tests.golden.tiny_checkpoint import (
 # The clip search reads the student's stream, so a stream that was not kept would change the codes.
 STREAMED = "rtn(bits=3, group_size=32, clip_search='output')"
 TRAINED = f"{STREAMED} | {RILQ}"
+BLOCKWISE = "omniquant(bits=3, group_size=32, epochs=1, batch=4) | svd(rank=1)"
 WEIGHTS = "model.safetensors"
 
 KILLED = """
 import os, runpy, signal, sys
-from lqec_jax import driver
+from lqec_jax import driver, streams
 from lqec_jax.io.run import Run
 
 def kill_before(owner, name, hit):
@@ -49,8 +50,10 @@ runpy.run_module("lqec_jax", run_name="__main__", alter_sys=True)
 """
 
 # The teacher's stream has passed block 3, the student's has not.
-IN_BLOCK = "driver.Driver, '_advance', lambda _, name, layer, __: (name, layer) == ('student', 3)"
+IN_BLOCK = "streams.Streams, 'advance', lambda _, name, layer, __: (name, layer) == ('student', 3)"
 BEFORE_COMMIT = "Run, 'commit', lambda _, **changes: changes.get('blocks') == 4"
+# In the second block, whose training has begun.
+IN_BLOCK_STEP = "driver.Driver, '_show_block', lambda _, layer, done, *__: (layer, done) == (1, 2)"
 IN_UPDATE = "driver._Session, 'progress', lambda _, done, *__: done == 30"
 BEFORE_RENAME = "Run, 'finish', lambda *_: True"
 
@@ -118,6 +121,21 @@ def test_a_block_that_was_not_committed_is_made_again(folder, capfd):
     assert main([*arguments, "--resume"]) == 0
     assert first_of("rtn", capfd.readouterr().err.splitlines()) == "rtn: 3/5"
     check_equal(folder, "uncommitted", "streamed")
+
+
+def test_a_kill_inside_a_block_step_repeats_that_block(folder, capfd):
+    assert main([*command(folder, "blockwise", BLOCKWISE), "--quiet"]) == 0
+    arguments = command(folder, "cut", BLOCKWISE)
+    kill(arguments, IN_BLOCK_STEP)
+    done = {path.name for path in (folder / "cut.partial" / "phase-0").glob("*.safetensors")}
+    assert done == {"block-0.safetensors"}
+    assert main([*arguments, "--resume"]) == 0
+    assert first_of("omniquant | svd", capfd.readouterr().err.splitlines()) == (
+        "omniquant | svd: 1/5"
+    )
+    check_equal(folder, "cut", "blockwise")
+    fits = lqec.load(folder / "cut").report["fits"]
+    assert [fit["layer"] for fit in fits] == [0, 1, 2, 3, 4]
 
 
 def check_equal(folder, resumed, whole):

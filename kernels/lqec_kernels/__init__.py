@@ -5,15 +5,26 @@ without ever holding a dense weight, `api` chooses an implementation.
 """
 
 from lqec_kernels.api import packed_matmul
-from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
+from lqec_kernels.bitplanes import BitPlanes
+from lqec_kernels.codebook import Codebook, DoubleScales
+from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
+from lqec_kernels.outliers import Outliers
 from lqec_kernels.packing import pack, unpack
+from lqec_kernels.sums import Sum
+from lqec_kernels.transforms import ChannelScale, Hadamard
 
 __all__ = [
     "Affine",
+    "BitPlanes",
     "ChannelScale",
+    "Codebook",
     "CompressedLinear",
     "Dense",
+    "DoubleScales",
+    "Hadamard",
     "LowRank",
+    "Outliers",
+    "Sum",
     "pack",
     "packed_matmul",
     "unpack",

@@ -7,32 +7,21 @@ All matrices are [d_in, d_out]; arrays may carry leading axes (a stack of layers
 products do not see because `scan` and `vmap` take them away first.
 
 A base says how it is cut by output column: `columns()` returns arrays whose last axis is d_out, and
-`layout.dense(columns)` gives the dense weight of just those columns. That pair is all a product, a
-writer or a sharding rule needs, so a new base touches neither models nor training.
+`layout.dense(columns)` gives the dense weight of just those columns. That pair is all a product
+needs, and `unit` all a sharding rule needs, so a new base touches neither models nor training.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lqec_kernels.packing import pack, unpack
-
-STATIC = {"static": True}
-
-
-def static(**options: Any) -> Any:
-    """Declares a field that is part of the tree's structure, not one of its leaves."""
-    return field(metadata=STATIC, **options)
-
-
-def stored_bits(*arrays: jax.Array | None) -> int:
-    """Counts the bits that arrays take on disk; reads shapes only."""
-    return sum(
-        math.prod(a.shape) * jnp.dtype(a.dtype).itemsize * 8 for a in arrays if a is not None
-    )
+from lqec_kernels.fields import static, stored_bits
+from lqec_kernels.packing import RUN, pack, unpack
+from lqec_kernels.transforms import ChannelScale as ChannelScale
+from lqec_kernels.transforms import Hadamard as Hadamard
 
 
 class Layout(Protocol):
@@ -51,6 +40,9 @@ class Base(Protocol):
     def columns(self) -> tuple: ...
     def dense(self, dtype: Any = jnp.float32) -> jax.Array: ...
     def stored_bits(self) -> int: ...
+
+    def unit(self, axis: int) -> int:
+        """Returns how many inputs (axis -2) or outputs (-1) in a row cannot be parted."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,9 @@ class Dense:
     def stored_bits(self) -> int:
         return stored_bits(self.w)
 
+    def unit(self, axis: int) -> int:
+        return 1
+
 
 @dataclass(frozen=True)
 class AffineLayout:
@@ -120,7 +115,8 @@ class Affine:
 
     Attributes:
       codes: uint32 [..., ceil(d_in/32)·bits, d_out], see `packing`.
-      scales: float16 (float32 by option) [..., d_in/group_size, d_out], in units of the weight.
+      scales: float16 (float32 by option) [..., d_in/group_size, d_out], in units of the weight; or
+        [..., 1, 1], one for the whole weight (group_size is d_in then).
       zeros: None; or uint32 [..., groups, ceil(d_out/32)·bits], integers packed along d_out; or
         floating [..., groups, d_out]. In units of codes.
     """
@@ -151,13 +147,20 @@ class Affine:
         zeros = self.zeros
         if zeros is not None and zeros.dtype == jnp.uint32:
             zeros = unpack(zeros.mT, self.bits, self.d_out).mT
-        return (self.codes, self.scales, zeros)
+        scales = jnp.broadcast_to(self.scales, (*self.scales.shape[:-1], self.d_out))
+        return (self.codes, scales, zeros)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         return self.layout.dense(self.columns(), dtype)
 
     def stored_bits(self) -> int:
         return stored_bits(self.codes, self.scales, self.zeros)
+
+    def unit(self, axis: int) -> int:
+        if axis == -2:
+            whole = self.scales.shape[-2:] == (1, 1) and self.zeros is None
+            return RUN if whole else math.lcm(RUN, self.group_size)
+        return RUN if self.zeros is not None and self.zeros.dtype == jnp.uint32 else 1
 
 
 @jax.tree_util.register_dataclass
@@ -186,23 +189,6 @@ class LowRank:
 
     def stored_bits(self) -> int:
         return stored_bits(self.a, self.b)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ChannelScale:
-    """A transform that multiplies channel i by scale[i]: x ↦ x diag(scale)."""
-
-    scale: jax.Array
-
-    def apply(self, x: jax.Array) -> jax.Array:
-        return x * self.scale.astype(x.dtype)
-
-    def apply_transpose(self, x: jax.Array) -> jax.Array:
-        return self.apply(x)
-
-    def stored_bits(self) -> int:
-        return stored_bits(self.scale)
 
 
 @jax.tree_util.register_dataclass

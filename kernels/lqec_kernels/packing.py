@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits in uint32 words, LSB first, in runs of 32 codes.
+"""Codes of 1 to 16 bits in uint32 words, LSB first, in runs of 32 codes.
 
 Rows 32r .. 32r+31 of a column form run r; its codes are one stream of 32·bits bits, least
 significant bit first, held in `bits` words. That is GPTQ's qweight as it stands, and
@@ -23,7 +23,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
     Args:
       codes: unsigned integers below 2**bits, [..., rows, columns].
-      bits: width of a code, 1 to 8.
+      bits: width of a code, 1 to 16.
     Returns:
       uint32 [..., ceil(rows / 32) * bits, columns].
     Example:
@@ -52,10 +52,10 @@ def unpack(words: jax.Array, bits: int, rows: int) -> jax.Array:
 
     Args:
       words: uint32 [..., ceil(rows / 32) * bits, columns].
-      bits: width of a code, 1 to 8.
+      bits: width of a code, 1 to 16.
       rows: how many codes a column holds; the rest is padding.
     Returns:
-      uint8 [..., rows, columns].
+      uint8 [..., rows, columns]; uint16 for more than 8 bits.
     """
     *lead, count, columns = words.shape
     mask = jnp.uint32(2**bits - 1)
@@ -72,7 +72,7 @@ def unpack(words: jax.Array, bits: int, rows: int) -> jax.Array:
         spills = (offset + bits > RUN)[:, None]
         codes = jnp.where(spills, low | high, low) & mask  # [..., runs, 32, columns]
         codes = codes.reshape(*lead, -1, columns)
-    return codes[..., :rows, :].astype(jnp.uint8)
+    return codes[..., :rows, :].astype(jnp.uint8 if bits <= 8 else jnp.uint16)
 
 
 def _positions(bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -144,12 +144,13 @@ def _print_report(report: Mapping[str, Any], out: Path) -> None:
     for fit in report["fits"]:
         looks = {point["update"]: format_number(point["val_loss"]) for point in fit["history"]}
         best, last = fit["best_update"], fit["history"][-1]["update"]
+        name = f"{fit['method']}, block {fit['layer']}" if "layer" in fit else fit["method"]
         print_line(
-            f"{fit['method']}: validation loss {looks[0]} before, {looks[best]} at its best, "
+            f"{name}: validation loss {looks[0]} before, {looks[best]} at its best, "
             f"update {best} of {last}"
         )
         for note in fit["notes"]:
-            print_line(f"{fit['method']}: {note}")
+            print_line(f"{name}: {note}")
     print_line(f"written to {out}")
 
 

@@ -40,7 +40,8 @@ class Pace:
         self.total, self.done, self._first, self._began, self._last = total, done, done, now, now
 
     def advance(self, done: int, now: float) -> None:
-        self.done, self._last = done, now
+        if done != self.done:  # else only the message is new
+            self.done, self._last = done, now
 
     def seconds_left(self, now: float) -> float | None:
         """Returns None while no part is done."""

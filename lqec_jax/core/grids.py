@@ -4,7 +4,9 @@
     ŵ = s (u - z)
 
 Arrays here are grouped: w [groups, group_size, d_out], everything per group [groups, 1, d_out].
-Rounding is half to even, as in the field's reference code.
+Rounding is half to even, as in the field's reference code. The functions named `..._through` give
+the same numbers to the bit and differ in their gradient, which passes a rounding unchanged
+(Bengio et al. 2013, arXiv:1308.3432) and is that of a plain clip at the ends of a grid.
 """
 
 import jax
@@ -85,3 +87,37 @@ def search_clip(
     scales, zeros = fit_grid(lo, hi, bits, symmetric=symmetric, dtype=dtype)
     start = (jnp.full(scales.shape, jnp.inf, jnp.float32), scales, zeros)
     return jax.lax.fori_loop(0, SHRINKS, attempt, start)[1:]
+
+
+@jax.custom_jvp
+def store_through(exact: jax.Array, stored: jax.Array) -> jax.Array:
+    """Returns `stored` in float32, with the gradient of `exact`, which it stands for."""
+    return stored.astype(jnp.float32)
+
+
+@store_through.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    return store_through(*primals), tangents[0]
+
+
+def fit_grid_through(lo: jax.Array, hi: jax.Array, bits: int, *, symmetric: bool, dtype) -> tuple:
+    """Returns `fit_grid`'s scales in float32, differentiable in the range, and its zeros.
+
+    Zeros carry no gradient: a range is learned through the scale and through what it clips.
+    """
+    scales, zeros = fit_grid(lo, hi, bits, symmetric=symmetric, dtype=dtype)
+    return store_through((hi - lo) / (2**bits - 1), scales), jax.lax.stop_gradient(zeros)
+
+
+def dequantize_through(w: jax.Array, scales: jax.Array, zeros: jax.Array, bits: int) -> jax.Array:
+    """Returns ŵ = s (clip(round(w / s) + z) - z), differentiable in w, the scales and the zeros.
+
+    Inside the grid ∂ŵ/∂w = 1, ∂ŵ/∂s = round(w / s) - w / s and ∂ŵ/∂z = 0; where a code is clipped
+    to u, ∂ŵ/∂w = 0, ∂ŵ/∂s = u - z and ∂ŵ/∂z = -s. Codes at the very ends that nothing clipped are
+    inside: `jnp.clip` would halve their gradient.
+    """
+    exact = w / scales + zeros
+    wanted = jax.lax.stop_gradient(jnp.round(w / scales) + zeros)
+    codes = jnp.clip(wanted, 0, 2**bits - 1)
+    inside = jnp.where(codes == wanted, exact, codes)
+    return (store_through(inside, codes) - zeros) * scales

@@ -21,13 +21,26 @@ Scope = Literal["linear", "block", "model"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LinearStats:
-    """What calibration saw at a linear's input; a field is None unless a step asked for it.
+    """What calibration saw of a linear; a field is None unless a step asked for it. All float32.
 
     Attributes:
-      rms: sqrt(E[x²]) per input channel over all calibration tokens, float32 [d_in].
+      rms: sqrt(E[x²]) per input channel over all calibration tokens, [d_in].
+      absmean: E|x| per input channel, [d_in].
+      gram: E[x xᵀ], [d_in, d_in].
+      fisher: the mean over windows of (∂ loss / ∂ w)², loss being a window's summed next-token
+        loss in the teacher, [d_in, d_out]. The only one that is not of the inputs.
     """
 
     rms: jax.Array | None = None
+    absmean: jax.Array | None = None
+    gram: jax.Array | None = None
+    fisher: jax.Array | None = None
+
+    @classmethod
+    def shapes(cls, needs: frozenset[str], d_in: int, d_out: int) -> "LinearStats":
+        """Returns the statistics of one linear as shapes."""
+        known = {"rms": (d_in,), "absmean": (d_in,), "gram": (d_in, d_in), "fisher": (d_in, d_out)}
+        return cls(**{name: jax.ShapeDtypeStruct(known[name], jnp.float32) for name in needs})
 
 
 @jax.tree_util.register_dataclass
@@ -47,13 +60,19 @@ class Step:
     Attributes:
       name: the method's name in the table.
       scope: what it sees: one linear, one block, or the whole model.
-      run: for `linear`, a pure jit-able (LinearProblem, CompressedLinear) -> CompressedLinear;
-        for `model`, (ModelProblem) -> ModelSolution.
+      run: for `linear`, a pure jit-able (LinearProblem, CompressedLinear) -> CompressedLinear, or
+        -> (CompressedLinear, facts) where `notes` is given; see `run_linear`. For `block`,
+        (BlockProblem) -> BlockSolution; for `model`, (ModelProblem) -> ModelSolution.
       needs: names of `LinearStats` fields that must be collected for it.
       arguments: all arguments after defaults, printable; part of a run's fingerprint.
-      preview: for `model`, what becomes of one weight, (CompressedLinear) -> CompressedLinear;
-        called on shapes alone, so that a refusal and the final size are known before the first
-        flop.
+      notes: for `linear`, (facts as numpy arrays) -> lines for the report; facts are what `run`
+        has to say of one weight besides the result.
+      preview: for `block` and `model`, what becomes of one weight, (CompressedLinear) ->
+        CompressedLinear; called on shapes alone, so that a refusal and the final size are known
+        before the first flop.
+      trained: for `block` and `model`, how many numbers the step trains for one weight,
+        (CompressedLinear of shapes) -> int; None is all adapters. A block step is shown the dense
+        weight, a model step what the recipe makes of it.
       objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar; linear only.
       objective_name: the same in words.
     """
@@ -63,7 +82,9 @@ class Step:
     run: Callable
     arguments: Mapping[str, Any]
     needs: frozenset[str] = frozenset()
+    notes: Callable | None = None
     preview: Callable | None = None
+    trained: Callable | None = None
     objective: Callable | None = None
     objective_name: str = ""
 
@@ -116,6 +137,44 @@ class Evaluation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class BlockProblem:
+    """What a block step sees: one block, and what enters it in both streams.
+
+    Attributes:
+      fns: the model's functions.
+      block: the student's block as the steps before left it, linears as CompressedLinear.
+      dense: the teacher's block, its kernels dense.
+      teacher, student: what enters the block in each stream, [n, t, d], on disk or in memory; the
+        training windows come first.
+      train: how many of the windows are for training, the others for validation.
+      key: random key.
+      progress: (done, total, message) -> None.
+      scratch: a file in which the step may keep one array as large as a stream; None where that
+        may be held in memory.
+    """
+
+    fns: ModelFns
+    block: Params
+    dense: Params
+    teacher: Any
+    student: Any
+    train: int
+    key: jax.Array
+    progress: Callable[[int, int, str], None] = lambda done, total, message: None
+    scratch: Any = None
+
+
+@dataclass(frozen=True)
+class BlockSolution:
+    """What a block step returns: the new block, its curve, and what is worth saying."""
+
+    block: Params
+    history: tuple[Evaluation, ...]
+    best_update: int
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
 class ModelProblem:
     """What a model step sees: the student, the teacher's answers, the calibration text.
 
@@ -150,6 +209,12 @@ class ModelSolution:
     notes: tuple[str, ...] = field(default=())
 
 
+def run_linear(step: Step, problem: LinearProblem, leaf: CompressedLinear) -> tuple:
+    """Runs a linear step; returns (leaf, facts), facts being () where a step has none."""
+    out = step.run(problem, leaf)
+    return (out, ()) if step.notes is None else out
+
+
 def weight_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
     """Returns ||w - ŵ||² / ||w||², the relative error of a weight; 0 for a zero one."""
     error = jnp.sum(jnp.square(problem.w - leaf.dense()))
@@ -161,3 +226,14 @@ def channel_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
     rms = problem.stats.rms[:, None]
     error = jnp.sum(jnp.square(rms * (problem.w - leaf.dense())))
     return error / jnp.maximum(jnp.sum(jnp.square(rms * problem.w)), jnp.finfo(jnp.float32).tiny)
+
+
+def output_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
+    """Returns tr(Δᵀ G Δ) / tr(wᵀ G w), Δ = w - ŵ, G = E[x xᵀ]: the relative output error."""
+
+    def energy(w: jax.Array) -> jax.Array:
+        return jnp.sum(w * jnp.matmul(problem.stats.gram, w, precision="highest"))
+
+    tiny = jnp.finfo(jnp.float32).tiny
+    # Round-off of a gram that is not quite positive may take either below zero.
+    return jnp.maximum(energy(problem.w - leaf.dense()), 0.0) / jnp.maximum(energy(problem.w), tiny)

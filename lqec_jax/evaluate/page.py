@@ -173,7 +173,8 @@ def _show_fit(number: int, fit: Mapping[str, Any]) -> dict[str, Any]:
         f"of {history[-1]['update']}, which was kept."
     )
     plot = Markup(draw_losses(f"fit-{number}", history, best))
-    return {"method": fit["method"], "said": said, "notes": fit.get("notes", ()), "plot": plot}
+    name = f"{fit['method']}, block {fit['layer']}" if "layer" in fit else fit["method"]
+    return {"method": name, "said": said, "notes": fit.get("notes", ()), "plot": plot}
 
 
 def _split_paths(linears: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from lqec_jax.errors import InputError
 from lqec_jax.io.export import ExportOptions
 from lqec_jax.io.hf_export import Placed, cast, to_stored, walk, write_config, write_weights
-from lqec_jax.io.integer_weights import as_words, is_packed, read_affine
+from lqec_jax.io.integer_weights import as_words, is_packed, read_affine, read_scales
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
 
@@ -54,7 +54,7 @@ def pack_linear(base: Affine) -> dict[str, np.ndarray]:
     """
     tensors = {
         "weight_packed": as_words(base.codes, base.d_in, base.bits).T,
-        "weight_scale": np.asarray(base.scales).T,
+        "weight_scale": read_scales(base).T,
         "weight_shape": np.array([base.d_out, base.d_in], np.int64),
     }
     if base.zeros is not None:

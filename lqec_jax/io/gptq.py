@@ -13,7 +13,14 @@ from lqec_jax.errors import InputError
 from lqec_jax.io.export import ExportOptions
 from lqec_jax.io.files import write_json
 from lqec_jax.io.hf_export import Placed, cast, to_stored, walk, write_config, write_weights
-from lqec_jax.io.integer_weights import as_words, is_packed, pack_rows, read_affine, read_zeros
+from lqec_jax.io.integer_weights import (
+    as_words,
+    is_packed,
+    pack_rows,
+    read_affine,
+    read_scales,
+    read_zeros,
+)
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
 
@@ -68,7 +75,7 @@ def pack_linear(base: Affine, version: int, path: str) -> dict[str, np.ndarray]:
     return {
         "qweight": as_words(base.codes, base.d_in, base.bits),
         "qzeros": pack_rows(zeros.T, base.bits).T,
-        "scales": np.asarray(base.scales),
+        "scales": read_scales(base),
         "g_idx": np.arange(base.d_in, dtype=np.int32) // base.group_size,
     }
 

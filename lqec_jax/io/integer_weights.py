@@ -49,10 +49,15 @@ def read_affine(placed: Placed, format: str, widths: tuple[int, ...]) -> Affine:
     return base
 
 
+def read_scales(base: Affine) -> np.ndarray:
+    """Returns scales [groups, d_out] as stored; one scale of a whole weight is written out."""
+    return np.asarray(base.columns()[1])
+
+
 def read_zeros(base: Affine) -> np.ndarray:
     """Returns zeros as uint8 [groups, d_out]; 2**(bits-1) where the grid is symmetric."""
     if base.zeros is None:
-        return np.full(base.scales.shape, 2 ** (base.bits - 1), np.uint8)
+        return np.full(read_scales(base).shape, 2 ** (base.bits - 1), np.uint8)
     return np.asarray(base.columns()[2])
 
 

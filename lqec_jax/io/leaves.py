@@ -1,8 +1,8 @@
 """Parameter trees as named arrays plus a description of every compressed weight, and back.
 
 A dense array keeps its path, 'attn_norm.scale'. A compressed weight becomes one array a field,
-'attn.q.base.codes', and one description: which format each operator is, with its static fields. A
-new format needs one line in `FORMATS`.
+'attn.q.base.codes', and one description: which format each operator is, with its static fields, and
+those of the operators inside it. A new format needs one line in `FORMATS`.
 """
 
 import dataclasses
@@ -15,14 +15,22 @@ import numpy as np
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_kernels import formats
+from lqec_kernels import bitplanes, codebook, formats, outliers, sparse, sums, transforms
 from lqec_kernels.formats import CompressedLinear
 
-FORMATS = {
+FORMATS: dict[str, type] = {
     "dense": formats.Dense,
     "affine": formats.Affine,
     "low_rank": formats.LowRank,
-    "channel_scale": formats.ChannelScale,
+    "channel_scale": transforms.ChannelScale,
+    "hadamard": transforms.Hadamard,
+    "codebook": codebook.Codebook,
+    "double_scales": codebook.DoubleScales,
+    "sum": sums.Sum,
+    "bit_planes": bitplanes.BitPlanes,
+    "outliers": outliers.Outliers,
+    "masked": sparse.Masked,
+    "sparse24": sparse.Sparse24,
 }
 _NAMES = {cls: name for name, cls in FORMATS.items()}
 _SUFFIX = "/kernel"  # of a linear's path; left out of names
@@ -72,11 +80,16 @@ def name_format(leaf: CompressedLinear) -> str:
     """Writes what a weight is made of: 'affine(bits=2, group_size=32) + low_rank(rank=16)'."""
 
     def name(operator: Any) -> str:
-        said = {f.name: getattr(operator, f.name) for f in dataclasses.fields(operator)
-                if f.metadata.get("static") and f.name != "d_in"}  # fmt: skip
+        said = []
+        for field in dataclasses.fields(operator):
+            value = getattr(operator, field.name)
+            if field.metadata.get("static") and field.name not in ("d_in", "d_out"):
+                said.append(f"{field.name}={value}")
+            elif type(value) in _NAMES:  # an operator around another
+                said.append(name(value))
         if hasattr(operator, "rank"):
-            said["rank"] = operator.rank
-        inside = ", ".join(f"{key}={value}" for key, value in said.items())
+            said.append(f"rank={operator.rank}")
+        inside = ", ".join(said)
         return f"{_NAMES[type(operator)]}({inside})" if inside else _NAMES[type(operator)]
 
     words = [name(operator) for operator in (leaf.base, *leaf.corrections)]
@@ -103,6 +116,8 @@ def _describe(operator: Any, path: str, arrays: dict) -> dict:
         value = getattr(operator, field.name)
         if field.metadata.get("static"):
             description[field.name] = value
+        elif type(value) in _NAMES:
+            description[field.name] = _describe(value, f"{path}/{field.name}", arrays)
         elif value is not None:
             arrays[_dotted(f"{path}/{field.name}")] = np.asarray(jax.device_get(value))
     return description
@@ -136,6 +151,9 @@ def _build(description: dict, path: str, arrays: Mapping, names: set[str]) -> An
         name = _dotted(f"{path}/{field.name}")
         if field.metadata.get("static"):
             values[field.name] = description[field.name]
+        elif field.name in description:
+            place = f"{path}/{field.name}"
+            values[field.name] = _build(description[field.name], place, arrays, names)
         elif name in arrays:
             names.add(name)
             values[field.name] = arrays[name]

@@ -7,13 +7,18 @@ On a CPU host and device are one memory, and the host's peak holds both.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lqec_jax.driver import REMAT_BYTES, STREAM_TOKENS
+import jax
+import jax.numpy as jnp
+
+from lqec_jax.core.types import Step
+from lqec_jax.driver import REMAT_BYTES
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.recipe import Recipe
+from lqec_jax.streams import STREAM_TOKENS
 from lqec_jax.train.losses import VOCAB_CHUNK
 from lqec_jax.train.update import count_parts
+from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.reference import TILE_ELEMENTS
 
 # Python, JAX and their libraries, and the compiler at work: for a forward pass, and for an update
@@ -23,6 +28,8 @@ PROCESS, TRAINING = 480 * 10**6, 450 * 10**6
 RUNTIME = 1500 * 10**6
 # Copies of one linear, in float32, while it is quantized: the weight, its groups, codes, error.
 COPIES = 5
+# A gram, its damped copy and its factor: what a step that asks for one holds of that size.
+GRAMS = 3
 # Trained numbers held in float32: weights, two moments, the best so far; gradients while an update
 # runs, once for the sum and once for a part of the batch.
 KEPT, PASSING = 4, 2
@@ -55,10 +62,12 @@ def estimate_phases(
       one_window: training walks a batch one window at a time, `accumulate` equal to `batch`.
     """
     phases = [_stream(sizes, recipe, text, on_cpu)]
-    training = [step for step in recipe.steps if step.scope == "model"]
-    return phases + [
-        _train(sizes, step.name, step.arguments, text, on_cpu, one_window) for step in training
-    ]
+    for step in recipe.steps:
+        if step.scope == "block":
+            phases.append(_train_block(sizes, step, text, on_cpu))
+        if step.scope == "model":
+            phases.append(_train(sizes, step, text, on_cpu, one_window))
+    return phases
 
 
 def host_peak(phases: list[Phase], *, on_cpu: bool) -> int:
@@ -74,10 +83,19 @@ def device_peak(phases: list[Phase]) -> int:
 def run_bytes(sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool) -> int:
     """Returns what OUT.partial holds at most: streams, blocks of every phase, one checkpoint."""
     teacher = 2 * _slot(sizes, text.windows, text, on_cpu)
-    student = 2 * _slot(sizes, text.windows if recipe.needs else text.score, text, on_cpu)
+    walked = text.windows if recipe.reads_student else text.score
+    student = 2 * _slot(sizes, walked, text, on_cpu)
     phases = len(recipe.phases)
-    trained = 4 * sizes.adapters if any(s.scope == "model" for s in recipe.steps) else 0
-    return teacher + student + phases * sizes.config.layers * sizes.block + KEPT * trained
+    scopes = {step.scope for step in recipe.steps}
+    counts = [_count_trained(sizes, step) for step in recipe.steps if step.scope == "model"]
+    trained = 4 * max(counts, default=0)
+    answers = _slot(sizes, text.windows, text, on_cpu) if "block" in scopes else 0
+    fisher = 0
+    if "fisher" in recipe.needs:  # what enters every block, and the result
+        inputs = (sizes.config.layers + 1) * _slot(sizes, text.windows, text, on_cpu)
+        fisher = inputs + 4 * sizes.weights
+    kept = phases * sizes.config.layers * sizes.block + KEPT * trained
+    return teacher + student + answers + fisher + kept
 
 
 def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
@@ -95,13 +113,41 @@ def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
         "a linear being quantized": COPIES * 4 * sizes.largest,
         "activations": max(tokens, text.seqlen) * _forward_width(sizes) * width,
     }
+    if "fisher" in recipe.needs:
+        device["a window's gradients, and their squares"] = 2 * 4 * _block_weights(sizes)
+    if "gram" in recipe.needs:
+        device["the gram of a linear's inputs, damped and factored"] = GRAMS * 4 * sizes.widest**2
     return Phase(" | ".join(s.name for s in recipe.steps if s.scope != "model"), host, device)
 
 
-def _train(
-    sizes: Sizes, name: str, arguments: Mapping[str, Any], text: Text, on_cpu: bool, one: bool
-) -> Phase:
-    width, trained = _compute_bytes(on_cpu), 4 * sizes.adapters
+def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
+    """Returns what one block takes while a block step trains it, the streams around it included."""
+    width, batch = _compute_bytes(on_cpu), step.arguments["batch"]
+    tokens = batch // count_parts(batch, text.seqlen, backend=_backend(on_cpu)) * text.seqlen
+    shapes = ((row["d_in"], row["d_out"]) for row in sizes.rows)
+    leaves = (CompressedLinear(Dense(jax.ShapeDtypeStruct(s, jnp.float32))) for s in shapes)
+    trained = 4 * sum(step.trained(leaf) for leaf in leaves)
+    host = {
+        "compiling an update": TRAINING,
+        "embedding, norm and head": sizes.outer,
+        "one dense block": sizes.dense_block,
+        "both streams and the answers, as mapped files": 3
+        * _slot(sizes, text.windows, text, on_cpu),
+    }
+    device = {
+        "embedding, norm and head": sizes.outer,
+        "one dense block, and a copy for the update": 2 * sizes.dense_block,
+        "what is trained, its moments, the best": KEPT * trained,
+        "gradients": PASSING * trained,
+        "its weights as they would be stored, and their gradients": 2 * 4 * _block_weights(sizes),
+        "activations": tokens * (_block_width(sizes) + 3 * sizes.config.d_model) * width,
+    }
+    return Phase(f"{step.name}, one block", host, device)
+
+
+def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Phase:
+    width, trained = _compute_bytes(on_cpu), 4 * _count_trained(sizes, step)
+    arguments = step.arguments
     batch = arguments["batch"]
     parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
     at_once = 1 if one else batch // parts
@@ -128,7 +174,14 @@ def _train(
         "logits": tokens * 2 * 4 * chunk + head,
         "tiles of dense weights": 3 * 4 * min(sizes.largest, TILE_ELEMENTS),
     }
-    return Phase(name, host, device)
+    return Phase(step.name, host, device)
+
+
+def _count_trained(sizes: Sizes, step: Step) -> int:
+    """Returns how many numbers a model step trains: the adapters', unless it says otherwise."""
+    if step.trained is None:
+        return sizes.adapters
+    return sizes.config.layers * sum(step.trained(leaf) for leaf in sizes.leaves)
 
 
 def _slot(sizes: Sizes, windows: int, text: Text, on_cpu: bool) -> int:
@@ -140,6 +193,11 @@ def _block_width(sizes: Sizes) -> int:
     """Returns the numbers a block keeps of one token until its backward pass."""
     config = sizes.config
     return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
+
+
+def _block_weights(sizes: Sizes) -> int:
+    """Returns how many weights the linears of one block have."""
+    return sizes.weights // sizes.config.layers
 
 
 def _forward_width(sizes: Sizes) -> int:

@@ -131,14 +131,22 @@ def count_flops(sizes: Sizes, recipe: Recipe, text: Text) -> float:
     """Counts the multiplications and additions of a run's forward and backward passes.
 
     2 a weight and token forward; as much again for the inputs' gradient, and where blocks are
-    recomputed; adapters cost little beside that. Quantizing itself is not counted.
+    recomputed; adapters cost little beside that. Quantizing itself is not counted. Without another
+    text to score, the validation windows are those that stages are measured on.
     """
     config = sizes.config
     forward = 2 * (sizes.weights + config.vocab_size * config.d_model)
     tokens = text.windows * text.seqlen
-    walked = tokens + (tokens if recipe.needs else text.score * text.seqlen)
+    walked = tokens + (tokens if recipe.reads_student else text.score * text.seqlen)
     total = forward * walked
+    if "fisher" in recipe.needs:
+        total += 3 * forward * (tokens - text.score * text.seqlen)
     for step in recipe.steps:
+        if step.scope == "block":
+            # Of every window's first pass: the teacher's block in both streams.
+            epochs, val = step.arguments["epochs"], text.score * text.seqlen
+            passes = 2 * tokens + 3 * epochs * (tokens - val) + (1 + epochs) * val
+            total += 2 * sizes.weights * passes
         if step.scope == "model":
             batch, updates = step.arguments["batch"], step.arguments["updates"]
             looks = 1 + updates // step.arguments["eval_every"]

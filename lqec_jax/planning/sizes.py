@@ -36,6 +36,7 @@ class Sizes:
       dense_block, block: one block's arrays, dense and compressed.
       outer: embedding, last norm and head.
       adapters: numbers in low-rank corrections.
+      leaves: what becomes of one block's linears, as shapes.
       largest: numbers in the largest linear.
     """
 
@@ -49,11 +50,17 @@ class Sizes:
     block: int
     outer: int
     adapters: int
+    leaves: tuple[CompressedLinear, ...]
     largest: int
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.linears / self.weights
+
+    @property
+    def widest(self) -> int:
+        """Returns the largest d_in of a linear."""
+        return max(row["d_in"] for row in self.rows)
 
     @property
     def dense(self) -> int:
@@ -111,6 +118,7 @@ def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params
         block=_bytes(block),
         outer=_bytes(outer),
         adapters=config.layers * adapters,
+        leaves=tuple(kernels.values()),
         largest=max(counts),
     )
 

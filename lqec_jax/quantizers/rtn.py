@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
+from lqec_jax.core.bases import base_target, inner_rms, replace_base
 from lqec_jax.core.types import LinearProblem, Step, channel_error, weight_error
 from lqec_kernels.formats import Affine, CompressedLinear
 
@@ -81,11 +82,10 @@ def rtn(
     power = (2.0 if by_output else 2.4) if clip_search else None
 
     def run(problem: LinearProblem, leaf: CompressedLinear) -> CompressedLinear:
-        target = leaf.base.dense()
-        rms = problem.stats.rms if by_output else None
-        base = quantize(target, bits, group_size, symmetric=symmetric,
+        rms = inner_rms("rtn", problem, leaf) if by_output else None
+        base = quantize(base_target(leaf), bits, group_size, symmetric=symmetric,
                         dtype=jnp.dtype(scale_dtype), rms=rms, power=power)  # fmt: skip
-        return CompressedLinear(base, leaf.corrections, leaf.input_transform, leaf.output_transform)
+        return replace_base(leaf, base)
 
     return Step(
         name="rtn",

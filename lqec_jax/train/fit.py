@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -143,13 +143,17 @@ def fit(
     session = session or NoSession()
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         state, state_sharding, notes = _place(fns, params, optimizer, objective.select, mesh)
-        update = make_update(
-            objective.loss,
-            optimizer,
-            accumulate=schedule.accumulate,
-            state_sharding=state_sharding,
-            compiler_options=choose_options(len(params.get("blocks", ()))),
-        )
+        segments = len(params.get("blocks", ()))
+        if mesh is None:
+            update = _plain_update(objective.loss, optimizer, schedule.accumulate, segments)
+        else:
+            update = make_update(
+                objective.loss,
+                optimizer,
+                accumulate=schedule.accumulate,
+                state_sharding=state_sharding,
+                compiler_options=choose_options(segments),
+            )
         evaluate = partial(_evaluate, jax.jit(objective.loss), objective, schedule, mesh)
         state, best, progress = _begin(state, evaluate, session)
         order = _Order(key, objective.train)
@@ -166,6 +170,16 @@ def fit(
             session.save(point.update, (state.train, state.opt_state, best), progress.as_facts())
         notes += _closing_notes(progress, schedule)
         return Fitted(combine(best, state.frozen), progress.history, progress.best_update, notes)
+
+
+@lru_cache(maxsize=8)
+def _plain_update(loss: Callable, optimizer, accumulate: int, segments: int) -> Callable:
+    """Returns an update on one device; many trainings of one loss, block by block, compile it once.
+
+    Kept by what it was made of, so the loss must be the same function and not another like it.
+    """
+    options = choose_options(segments)
+    return make_update(loss, optimizer, accumulate=accumulate, compiler_options=options)
 
 
 def _place(fns, params, optimizer, select, mesh) -> tuple[TrainState, Any, tuple[str, ...]]:

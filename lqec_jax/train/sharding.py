@@ -15,8 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
-from lqec_kernels.formats import Affine, CompressedLinear, LowRank
-from lqec_kernels.packing import RUN
+from lqec_kernels.formats import CompressedLinear, LowRank
 
 DATA, MODEL = "data", "model"
 
@@ -84,13 +83,8 @@ def param_shardings(fns: ModelFns, params: Params, mesh: Mesh) -> tuple[Params, 
 def _straddles(node: Any, axis: int, parts: int) -> str:
     """Says why a weight cannot be split evenly along an axis; empty if it can."""
     d_in, d_out = (node.d_in, node.d_out) if isinstance(node, CompressedLinear) else node.shape[-2:]
-    width, unit = (d_out, 1) if axis == -1 else (d_in, 1)
-    if isinstance(node, CompressedLinear) and isinstance(node.base, Affine):
-        packed_zeros = node.base.zeros is not None and node.base.zeros.dtype == np.uint32
-        if axis == -2:
-            unit = int(np.lcm(RUN, node.base.group_size))
-        elif packed_zeros:
-            unit = RUN
+    width = d_out if axis == -1 else d_in
+    unit = node.base.unit(axis) if isinstance(node, CompressedLinear) else 1
     if width % (parts * unit):
         what = "d_out" if axis == -1 else "d_in"
         return f"{what}={width} is not a multiple of {parts} devices x {unit}"
@@ -98,11 +92,14 @@ def _straddles(node: Any, axis: int, parts: int) -> str:
 
 
 def _place_linear(node: Any, axis: int, mesh: Mesh) -> Any:
-    """Shards every array of a weight along the axis that stands for d_in (-2) or d_out (-1)."""
+    """Shards every array of a weight along the axis that stands for d_in (-2) or d_out (-1).
+
+    An array without that axis, or with one that the devices cannot share, is held by all of them.
+    """
 
     def spec(array: jax.Array, axis: int | None) -> NamedSharding:
         names = [None] * array.ndim
-        if axis is not None:
+        if axis is not None and array.ndim >= -axis and array.shape[axis] % mesh.shape[MODEL] == 0:
             names[axis] = MODEL
         return NamedSharding(mesh, PartitionSpec(*names))
 

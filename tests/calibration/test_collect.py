@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_jax.calibration import collect as module
 from lqec_jax.calibration.collect import STATISTICS, collect
 from lqec_jax.core.types import LinearStats
+from lqec_jax.errors import InputError
 
 FIELDS = {field.name for field in dataclasses.fields(LinearStats)}
 
@@ -28,6 +31,40 @@ def test_rms_is_over_the_tokens_of_all_batches(dtype):
     np.testing.assert_allclose(rms, np.sqrt(np.square(x).mean(axis=0)), rtol=1e-6)
 
 
+def test_the_gram_and_the_mean_size_are_over_the_tokens_of_all_batches():
+    batches = make_batches(jnp.float32)
+    x = np.concatenate([np.asarray(b, np.float64).reshape(-1, b.shape[-1]) for b in batches])
+    stats = collect(iter(batches), frozenset({"gram", "absmean"}))
+    sizes = np.sqrt(np.diag(x.T @ x / len(x)))
+    error = np.abs(stats.gram - x.T @ x / len(x)) / np.outer(sizes, sizes)
+    assert stats.gram.dtype == jnp.float32 and error.max() < 1e-6
+    np.testing.assert_allclose(stats.absmean, np.abs(x).mean(axis=0), rtol=1e-6)
+
+
+def test_products_are_asked_for_in_full_precision():
+    x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    (product,) = [e for e in jax.make_jaxpr(STATISTICS["gram"].add)(x).eqns if "dot" in str(e)]
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
+def test_a_gram_that_is_too_large_grows_in_a_file(monkeypatch, tmp_path):
+    batches = make_batches(jnp.float32)
+    needs = frozenset({"gram", "rms"})
+    held = collect(iter(batches), needs, tmp_path / "gram.bin")
+    assert isinstance(held.gram, jax.Array) and not (tmp_path / "gram.bin").exists()
+    monkeypatch.setattr(module, "SPILL_BYTES", 100)
+    monkeypatch.setattr(module, "SPILL_ROWS", 5)
+    spilled = collect(iter(batches), needs, tmp_path / "gram.bin")
+    assert isinstance(spilled.gram, np.memmap) and (tmp_path / "gram.bin").stat().st_size == 4 * 144
+    np.testing.assert_allclose(spilled.gram, held.gram, rtol=1e-6)
+    np.testing.assert_array_equal(spilled.rms, held.rms)
+
+
+def test_what_inputs_do_not_tell_is_refused():
+    with pytest.raises(InputError, match="fisher is told by a whole model's gradients"):
+        collect(make_batches(jnp.float32), frozenset({"fisher"}))
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     # In float16 the square of 300 is Inf, and 2048 + 1 is 2048.
     large = collect([jnp.full((3, 2), 300, jnp.float16)], frozenset({"rms"})).rms
@@ -42,5 +79,5 @@ def test_only_what_is_asked_for_is_set(needs):
     assert {name for name in FIELDS if getattr(stats, name) is not None} == needs
 
 
-def test_every_statistic_is_a_field():
-    assert set(STATISTICS) == FIELDS
+def test_every_field_is_a_statistic_of_inputs_or_a_gradient():
+    assert set(STATISTICS) | {"fisher"} == FIELDS

@@ -28,6 +28,8 @@ def test_the_end_is_foretold_from_the_parts_of_this_run_alone():
     assert pace.seconds_left(6.0) == pytest.approx(30.0)  # 6 s a part, 5 parts left
     assert pace.seconds_left(16.0) == pytest.approx(20.0)  # and it runs while a part is at work
     assert pace.seconds_left(99.0) == 0.0
+    pace.advance(5, now=16.0)  # only its message is new
+    assert pace.seconds_left(16.0) == pytest.approx(20.0)
     pace.advance(10, now=36.0)
     assert pace.seconds_left(36.0) == 0.0
 

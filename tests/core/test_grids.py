@@ -119,3 +119,64 @@ def test_a_group_that_counts_for_nothing_keeps_its_range():
     plain = grids.fit_grid(*grids.find_range(w, symmetric=False), 2, symmetric=False, dtype=HALF)
     for came, wanted in zip(search(w), plain, strict=True):
         np.testing.assert_array_equal(came, wanted)
+
+
+# ---- straight through
+
+
+def surrogate(w, scales, zeros, bits, at):
+    """Returns ŵ with every rounding's error and every clip's choice frozen as they are at `at`."""
+    w0, s0, z0 = at
+    left_over = np.round(w0 / s0) - w0 / s0
+    wanted = np.round(w0 / s0) + z0
+    codes = np.clip(wanted, 0, 2**bits - 1)
+    moving = np.where(wanted == codes, w / scales + left_over + zeros, codes)
+    return (moving - zeros) * scales
+
+
+def test_the_straight_through_gradient_is_that_of_its_surrogate():
+    bits, random = 2, np.random.RandomState(2)
+    w = random.standard_normal((2, 8, 3))
+    scales, zeros = 0.4 + 0.2 * random.rand(2, 1, 3), random.randint(1, 3, (2, 1, 3)).astype(float)
+    weight = random.standard_normal(w.shape)
+    at = (w, scales, zeros)
+
+    def lower(*numbers):
+        w, scales, zeros = (jnp.asarray(n, jnp.float32) for n in numbers)
+        return jnp.sum(weight * grids.dequantize_through(w, scales, zeros, bits))
+
+    found = jax.jit(jax.grad(lower, argnums=(0, 1, 2)))(*at)
+    codes = np.round(w / scales) + zeros
+    clipped, at_an_end = (codes < 0) | (codes > 3), (codes == 0) | (codes == 3)
+    assert clipped.any() and at_an_end.any()
+    np.testing.assert_allclose(found[0], np.where(clipped, 0, weight), rtol=1e-6)
+    for place, came in enumerate(found):
+        for index in np.ndindex(came.shape):
+            low, high = (list(at), list(at))
+            low[place], high[place] = at[place].copy(), at[place].copy()
+            low[place][index] -= 1e-5
+            high[place][index] += 1e-5
+            ends = [np.sum(weight * surrogate(*n, bits, at)) for n in (low, high)]
+            assert float(came[index]) == pytest.approx((ends[1] - ends[0]) / 2e-5, abs=2e-4)
+
+
+def test_through_gives_the_same_numbers():
+    w = draw(4, 32, 8)
+    lo, hi = grids.find_range(0.8 * w, symmetric=False)
+    exact = grids.fit_grid(lo, hi, 2, symmetric=False, dtype=HALF)
+    scales, zeros = grids.fit_grid_through(lo, hi, 2, symmetric=False, dtype=HALF)
+    np.testing.assert_array_equal(scales, exact[0].astype(jnp.float32))
+    np.testing.assert_array_equal(zeros, exact[1])
+    came = grids.dequantize_through(w, scales, zeros, 2)
+    np.testing.assert_array_equal(came, grids.dequantize(grids.round_to_grid(w, *exact, 2), *exact))
+
+
+def test_a_range_is_learned_through_its_scale_alone():
+    lo, hi = jnp.full((1, 1, 1), -0.7), jnp.full((1, 1, 1), 1.3)
+
+    def read(ends):
+        scales, zeros = grids.fit_grid_through(*ends, 2, symmetric=False, dtype=HALF)
+        return jnp.sum(scales + 5 * zeros)
+
+    for came, wanted in zip(jax.grad(read)((lo, hi)), (-1 / 3, 1 / 3), strict=True):
+        np.testing.assert_allclose(came, wanted, rtol=1e-6)

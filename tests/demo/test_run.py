@@ -25,6 +25,7 @@ def demo(tmp_path_factory):
     """A demo of few updates, its texts replaced by who wrote them: its folder and its result."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "SEQLEN", 64)
         patch.setattr(
             demo_module,
             "generate",

@@ -29,9 +29,13 @@ REPORT = {
             (1, "mlp/up", 3.0, None),
         ]
     ],
-    "fits": [{"method": "rilq", "best_update": 5, "notes": ["stopped early"], "history": [
-        {"update": 0, "train_loss": None, "val_loss": 2.0},
-        {"update": 5, "train_loss": 1.5, "val_loss": 1.25}]}],
+    "fits": [
+        {"method": "rilq", "best_update": 5, "notes": ["stopped early"], "history": [
+            {"update": 0, "train_loss": None, "val_loss": 2.0},
+            {"update": 5, "train_loss": 1.5, "val_loss": 1.25}]},
+        {"method": "block_ap", "layer": 3, "best_update": 0, "notes": [], "history": [
+            {"update": 0, "train_loss": None, "val_loss": 0.5}]},
+    ],
     "skipped": [{"path": "embed", "reason": "looked up, not multiplied by"}],
     "peak_rss_mb": 880.4,
     "seconds": 62.75,
@@ -146,7 +150,8 @@ def test_a_page_says_what_the_report_says(page):
     assert ["devices", "cpu, cpu"] in page.rows and ["versions", "jax 1.0"] in page.rows
     for words in ("tiny, compressed", "rtn(bits=2) | rilq(rank=4)", "bits per weight 2.562",
                   "seconds 62.8", "880 MB", "seed 7", "stopped early", "the teacher’s 2.459",
-                  "validation loss 2.0000 before, 1.2500 at update 5 of 5"):  # fmt: skip
+                  "validation loss 2.0000 before, 1.2500 at update 5 of 5",
+                  "block_ap, block 3: validation loss 0.5000 before"):  # fmt: skip
         assert words in page.text
     assert page.text.count("documents/64") == 1
 

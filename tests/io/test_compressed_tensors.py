@@ -39,6 +39,12 @@ def test_two_codes_by_hand(bits, word):
     assert packed["weight_scale"].shape == (3, 2) and "weight_zero_point" not in packed
 
 
+def test_one_scale_of_a_whole_weight_is_written_out():
+    codes = jnp.zeros((40, 3), jnp.uint8)
+    base = Affine.from_codes(codes, jnp.full((1, 1), 0.5), None, bits=4, group_size=40)
+    np.testing.assert_array_equal(pack_linear(base)["weight_scale"], np.full((3, 1), 0.5))
+
+
 def test_zero_points_are_packed_along_the_output():
     zeros = jnp.zeros((2, 3), jnp.uint8).at[0, 1].set(2).at[1, 2].set(1)
     base = Affine.from_codes(jnp.zeros((32, 3), jnp.uint8), jnp.ones((2, 3)), zeros, bits=2,

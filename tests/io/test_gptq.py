@@ -45,6 +45,13 @@ def test_two_codes_and_the_symmetric_zeros_of_version_1(bits, word, zero_words):
     assert packed["g_idx"].tolist() == [0] * 16 + [1] * 16
 
 
+def test_one_scale_of_a_whole_weight_is_written_out():
+    codes = two_codes(4).codes
+    packed = pack_linear(Affine(codes, jnp.full((1, 1), 0.5), None, 4, 32, 32), 1, "q")
+    np.testing.assert_array_equal(packed["scales"], np.full((1, 32), 0.5))
+    assert packed["qzeros"].shape == (1, 4) and not packed["g_idx"].any()
+
+
 def test_version_2_stores_zeros_as_they_are():
     assert set(pack_linear(two_codes(4), 2, "q")["qzeros"].view(np.uint32).ravel()) == {0x88888888}
     zeros = jnp.zeros((2, 32), jnp.uint8).at[1, 1].set(3)

@@ -7,7 +7,9 @@ import pytest
 
 from lqec_jax.errors import InputError
 from lqec_jax.io.leaves import FORMATS, flatten, name_format, unflatten
+from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
+from lqec_kernels.outliers import Outliers
 
 D_IN, D_OUT, GROUP = 64, 40, 32
 
@@ -47,6 +49,11 @@ LEAVES = {
     "floating zeros": CompressedLinear(affine("float", bits=2)),
     "two corrections": CompressedLinear(dense(), (low_rank(4), low_rank(2, jnp.float32))),
     "input transform": CompressedLinear(affine("none"), (), scale(D_IN)),
+    "planes of signs": CompressedLinear(
+        BitPlanes(jnp.arange(160, dtype=jnp.uint32).reshape(4, 40), jnp.ones((1, 2, 40)), None, 2,
+                  GROUP, D_IN),
+        (Outliers(jnp.arange(7, dtype=jnp.uint32), jnp.ones(7, jnp.float16), D_IN, D_OUT),),
+    ),
     "both transforms": CompressedLinear(affine("int"), (low_rank(1),), scale(D_IN), scale(D_OUT)),
 }
 

@@ -96,6 +96,26 @@ def test_stored_bits_are_the_bytes_held(kind, zero_bits):
     assert base.stored_bits() == 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(base))
 
 
+def test_one_scale_may_stand_for_the_whole_weight():
+    base, codes, _, _ = draw_affine("symmetric", lead=(2,))
+    scales = np.float32([[[0.5]], [[2.0]]])
+    single = dataclasses.replace(base, scales=jnp.asarray(scales), group_size=D_IN)
+    wanted = (codes.astype(np.float32) - 4) * scales
+    np.testing.assert_array_equal(dense_of(single), wanted)
+    first = jax.tree.map(lambda leaf: leaf[0], single)
+    np.testing.assert_array_equal(dense_of(first), wanted[0])
+    assert first.stored_bits() == D_IN * D_OUT * 3 + 32
+    # What belongs to all inputs does not keep them together.
+    assert (first.unit(-2), base.unit(-2)) == (32, 32)
+    assert dataclasses.replace(base, group_size=D_IN).unit(-2) == 96
+
+    def loss(scales):
+        return jnp.sum(dataclasses.replace(first, scales=scales).dense())
+
+    gradient = jax.grad(loss)(first.scales)
+    assert gradient.shape == (1, 1) and gradient[0, 0] == (codes[0].astype(np.float32) - 4).sum()
+
+
 def test_float32_scales_cost_twice_float16():
     half, *_ = draw_affine("symmetric")
     single, *_ = draw_affine("symmetric", scale_dtype=np.float32)

@@ -9,7 +9,7 @@ import pytest
 
 from lqec_kernels.packing import RUN, pack, unpack, words_for
 
-BITS = range(1, 9)
+BITS = range(1, 17)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -19,7 +19,11 @@ def round_trip(codes: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
 
 
 def draw_codes(bits: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    return np.random.RandomState(seed).randint(0, 2**bits, shape).astype(np.uint8)
+    return (
+        np.random.RandomState(seed)
+        .randint(0, 2**bits, shape)
+        .astype(np.uint8 if bits <= 8 else np.uint16)
+    )
 
 
 def pack_by_integers(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -39,12 +43,13 @@ def pack_by_integers(codes: np.ndarray, bits: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("bits", "rows"),
-    [(bits, 33) for bits in BITS] + [(2, 352), (3, 352), (5, 352), (3, 1), (3, 31)],
+    [(bits, 33) for bits in (*range(1, 9), 10, 13, 16)]
+    + [(2, 352), (3, 352), (5, 352), (3, 1), (3, 31)],
 )
 def test_bit_order_is_that_of_one_long_integer(bits, rows):
     codes = draw_codes(bits, (rows, 3), seed=rows)
     words, back = round_trip(codes, bits)
-    assert words.dtype == jnp.uint32 and back.dtype == jnp.uint8
+    assert words.dtype == jnp.uint32 and back.dtype == codes.dtype
     assert words.shape == (words_for(rows, bits), 3)
     np.testing.assert_array_equal(words, pack_by_integers(codes, bits))
     np.testing.assert_array_equal(back, codes)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from lqec_kernels.formats import Affine, Dense
 from lqec_kernels.packing import words_for
 from lqec_kernels.reference import tiled_matmul
+from tests.compiling import options_for_memory
 
 D_IN, GROUP = 64, 16
 KINDS = ("symmetric", "packed", "floating")
@@ -214,7 +215,8 @@ def test_neither_direction_holds_the_dense_weight():
             layer = lambda x, base: (jnp.tanh(multiply(x, base)), None)  # noqa: E731
             return jnp.sum(jax.lax.scan(layer, x, stack)[0])
 
-        compiled = jax.jit(jax.grad(loss)).lower(draw(2, d), stack).compile()
+        lowered = jax.jit(jax.grad(loss)).lower(draw(2, d), stack)
+        compiled = lowered.compile(compiler_options=options_for_memory())
         return compiled.memory_analysis().temp_size_in_bytes
 
     one_matrix = 4 * d * d

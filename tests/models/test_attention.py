@@ -8,6 +8,7 @@ import pytest
 from lqec_jax.errors import InputError
 from lqec_jax.models import attention as module
 from lqec_jax.models.attention import PLAIN, Scoring, attend_to_past, causal_attention
+from tests.compiling import options_for_memory
 
 HEADS = {"one kv head each": (4, 4), "grouped": (6, 2), "one kv head for all": (3, 1)}
 
@@ -90,14 +91,9 @@ def test_windows_and_softcaps_both_ways(chunk, window, scoring):
 
     square = partial(full_square, window=int(window), scale=scoring.scale, softcap=scoring.softcap)
     arrays = draw(37)
-    got, want = (run_once(partial(both_ways.__wrapped__, f), *arrays) for f in (attend, square))
+    got, want = (jax.jit(partial(both_ways.__wrapped__, f))(*arrays) for f in (attend, square))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
-
-
-def run_once(f, *arrays):
-    # What runs once had better compile fast.
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})(*arrays)
 
 
 def test_keys_before_every_window_are_skipped():
@@ -114,10 +110,10 @@ def test_keys_before_every_window_are_skipped():
 def test_a_past_is_read_as_the_whole(window):
     q, k, v, _ = draw(12)
     options = {"window": window, "scoring": Scoring(softcap=1.5)}
-    whole = run_once(partial(full_square, window=window, softcap=1.5), q, k, v)
+    whole = jax.jit(partial(full_square, window=window, softcap=1.5))(q, k, v)
     room = ((0, 0), (0, 4), (0, 0), (0, 0))
     keys, values = (np.pad(x, room, constant_values=9.0) for x in (k, v))
-    last = run_once(partial(attend_to_past, **options), q[:, 9:], keys, values, 9)
+    last = jax.jit(partial(attend_to_past, **options))(q[:, 9:], keys, values, 9)
     np.testing.assert_allclose(last, whole[:, 9:], atol=2e-6, rtol=1e-5)
 
 
@@ -184,7 +180,8 @@ def test_under_vmap():
 def test_memory_grows_with_t_not_with_its_square():
     def temporaries(attend, t):
         arrays = draw(t, heads=2, kv_heads=1, b=1)
-        compiled = both_ways.lower(attend, *arrays).compile()
+        lowered = both_ways.lower(attend, *arrays)
+        compiled = lowered.compile(compiler_options=options_for_memory())
         return compiled.memory_analysis().temp_size_in_bytes
 
     t, square = 2048, 2 * 2048**2 * 4

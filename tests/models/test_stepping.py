@@ -14,16 +14,14 @@ from tests.models.test_llama_logits import SEED, build_params, golden
 FOLDER = Path(__file__).parents[1] / "golden"
 VARIANTS = json.loads((FOLDER / "llama_variants.json").read_text())
 COUNT, PADDED, LENGTH = 7, 12, 64
-# Each runs once, so half of the compile time is worth more than fast code.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def decode_all(config, params, tokens):
     """Returns the logits after each token from the last of a prompt of 7 on."""
     fns = step_fns(config)
     prompt = np.pad(tokens[:, :COUNT], ((0, 0), (0, PADDED - COUNT)), constant_values=9)
-    prefill = jax.jit(fns.prefill, static_argnums=3, compiler_options=QUICK)
-    decode = jax.jit(fns.decode, donate_argnums=3, compiler_options=QUICK)
+    prefill = jax.jit(fns.prefill, static_argnums=3)
+    decode = jax.jit(fns.decode, donate_argnums=3)
     logits, caches = prefill(params, prompt, COUNT, LENGTH)
     all_logits = [logits]
     for position in range(COUNT, tokens.shape[1]):

@@ -20,9 +20,10 @@ from lqec_jax.planning.memory import (
     run_bytes,
 )
 from lqec_jax.planning.sizes import measure_model
-from lqec_jax.recipe import parse_recipe
+from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import init_state, make_update
+from tests.compiling import options_for_memory
 from tests.planning.shapes import LLAMA_7B
 from tests.train.tiny import draw_decoder, make_config
 
@@ -101,8 +102,8 @@ def test_xla_counts_as_much_for_an_update(tmp_path):
     windows = {"tokens": jax.ShapeDtypeStruct((batch, t), jnp.int32),
                "teacher": jax.ShapeDtypeStruct((batch, t, d), jnp.float32)}  # fmt: skip
     lowered = make_update(loss, optimizer).lower(state, windows)
-    fast = {"xla_backend_optimization_level": 0}
-    held = lowered.compile(compiler_options=fast).memory_analysis().temp_size_in_bytes
+    compiled = lowered.compile(compiler_options=options_for_memory())
+    held = compiled.memory_analysis().temp_size_in_bytes
     raw = {**LLAMA_7B, "hidden_size": d, "intermediate_size": 2 * d, "num_hidden_layers": layers,
            "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
            "head_dim": config.head_dim, "vocab_size": config.vocab_size}  # fmt: skip
@@ -113,3 +114,53 @@ def test_xla_counts_as_much_for_an_update(tmp_path):
     parts = phases(sizes, Text(t, batch, 1), on_cpu=True, recipe=recipe)[1].device
     planned = sum(parts[name] for name in ("gradients", "activations", "logits"))
     assert np.log(planned / held) == pytest.approx(0, abs=np.log(1.35))
+
+
+# ---- block steps and the Fisher
+
+
+def plan_block(sizes, recipe, text=TEXT, *, on_cpu=False):
+    stream, block = phases(sizes, text, on_cpu=on_cpu, recipe=parse_recipe(recipe))
+    return stream, block
+
+
+def test_a_block_step_holds_one_block_whatever_the_depth(sizes):
+    recipe = "block_ap(bits=2, group_size=64, batch=2)"
+    stream, block = plan_block(sizes, recipe)
+    assert block.name == "block_ap, one block"
+    weights = sizes.weights // 32
+    groups = weights // 64
+    trained = 4 * (weights + 2 * groups)
+    assert block.device["what is trained, its moments, the best"] == 4 * trained
+    assert block.device["gradients"] == 2 * trained
+    clips = plan_block(sizes, "omniquant(bits=2, group_size=64)")[1].device
+    assert clips["what is trained, its moments, the best"] == 4 * 4 * 2 * groups
+    assert device_peak([stream, block]) < 10e9  # of a model of 13.5 GB
+    mapped = "both streams and the answers, as mapped files"
+    assert block.host[mapped] == 3 * TEXT.windows * TEXT.seqlen * 4096 * 2
+
+
+def test_a_step_that_trains_scales_is_counted_by_them(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    recipe = parse_recipe("rtn(bits=2, group_size=64) | e2e_qp()")
+    sizes = measure_model(str(tmp_path), recipe)
+    train = phases(sizes, recipe=recipe)[1]
+    assert train.name == "e2e_qp"
+    assert train.device["gradients"] == 2 * 4 * sizes.weights // 64
+
+
+def test_both_streams_walk_all_windows_for_a_block_step(sizes):
+    plain, block = (parse_recipe(r) for r in ("rtn(bits=2)", "omniquant(bits=2)"))
+    slot = TEXT.seqlen * 4096 * 2
+    more = run_bytes(sizes, block, TEXT, on_cpu=False) - run_bytes(sizes, plain, TEXT, on_cpu=False)
+    assert more == slot * (2 * (TEXT.windows - TEXT.score) + TEXT.windows)
+
+
+def test_the_fisher_keeps_what_enters_every_block(sizes):
+    step = dataclasses.replace(parse_recipe("rtn(bits=2)").steps[0], needs=frozenset({"fisher"}))
+    recipe = Recipe((step,))
+    (stream,) = phases(sizes, recipe=recipe)
+    assert stream.device["a window's gradients, and their squares"] == 8 * sizes.weights // 32
+    plain = run_bytes(sizes, parse_recipe("rtn(bits=2, clip_search='output')"), TEXT, on_cpu=False)
+    more = run_bytes(sizes, recipe, TEXT, on_cpu=False) - plain
+    assert more == 33 * TEXT.windows * TEXT.seqlen * 4096 * 2 + 4 * sizes.weights

@@ -96,3 +96,16 @@ def test_a_tiny_model_fits_everywhere(tmp_path):
     facts = lqec.plan(tmp_path, "rtn(bits=3, group_size=32)", seqlen=32, windows=4)
     assert all(machine["fits"] for machine in facts["machines"])
     assert facts["here"]["backend"] == "cpu" and facts["here"]["device_peak_bytes"] is None
+
+
+def test_a_block_step_costs_its_epochs(seven):
+    def seconds(recipe):
+        return lqec.plan(seven, recipe)["machines"][0]["seconds"]
+
+    one, two, three = (seconds(f"omniquant(epochs={n})") for n in (1, 2, 3))
+    # An epoch is 3 passes over the training windows and one over the others.
+    weights, speed = 6.476e9, 0.35 * 65e12
+    epoch = 2 * weights * (3 * 256 + 64) * 512 / speed
+    assert two - one == pytest.approx(epoch, rel=0.01)
+    assert three - two == pytest.approx(two - one)
+    assert seconds("omniquant(epochs=1)") > seconds("rtn()") + epoch

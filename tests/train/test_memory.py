@@ -12,12 +12,11 @@ from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import choose_options, init_state, make_update
 from lqec_kernels.formats import Affine
 from lqec_kernels.reference import tiled_matmul
+from tests.compiling import options_for_memory
 from tests.train.tiny import GROUP, draw_decoder, draw_plain, make_config, plain_fns
 
 # How much of the added blocks' dense float32 bytes may be added to what an update holds.
 BOUND = 0.15
-# Machine code is not looked at, and takes half of the compile time to optimize.
-FAST = {"xla_backend_optimization_level": 0}
 # What XLA does for a program that asks for no other order.
 DEFAULT_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"}
 PRODUCT = "lqec_kernels.api.tiled_matmul"
@@ -47,7 +46,8 @@ def lower_update(fns, params, tokens: int, d: int):
 
 
 def temp_bytes(lowered, **options: str) -> int:
-    return lowered.compile(compiler_options=FAST | options).memory_analysis().temp_size_in_bytes
+    compiled = lowered.compile(compiler_options=options_for_memory() | options)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def shapes_of(tree):
@@ -143,7 +143,7 @@ def test_gradients_of_frozen_scales_are_not_computed():
             return jnp.sum(jnp.square(tiled_matmul(x, whole)))
 
         lowered = jax.jit(jax.grad(loss, argnums)).lower(x, base.scales)
-        return lowered.compile().cost_analysis()["flops"]
+        return lowered.compile(compiler_options=options_for_memory()).cost_analysis()["flops"]
 
     assert flops(0) < 0.8 * flops((0, 1))
 

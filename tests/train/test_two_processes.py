@@ -13,6 +13,7 @@ import optax
 
 from lqec_jax.train.fit import Fitted, Schedule, fit
 from lqec_jax.train.sharding import make_mesh, shard_params
+from tests.compiling import TURNED_OFF
 from tests.train.tiny import adapters, make_plain_problem
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,8 @@ def find_port() -> int:
 def start(number: int, port: int) -> subprocess.Popen:
     kept = {name: value for name, value in os.environ.items()
             if not name.lower().endswith("_proxy") and name != "XLA_FLAGS"}  # fmt: skip
+    if TURNED_OFF in os.environ.get("XLA_FLAGS", ""):
+        kept["XLA_FLAGS"] = TURNED_OFF
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": path}
     return subprocess.Popen(

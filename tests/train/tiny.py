@@ -3,6 +3,7 @@
 Everything is drawn by numpy, because compiling a hundred small programs takes longer than any test.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,12 @@ import numpy as np
 
 from lqec_jax.core.linear import linear
 from lqec_jax.core.tree import set_at
-from lqec_jax.core.types import ModelFns, Params
+from lqec_jax.core.types import BlockProblem, ModelFns, Params
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import init_params, model_fns
 from lqec_jax.train.fit import Objective
 from lqec_jax.train.losses import rilq_terms
-from lqec_kernels.formats import Affine, CompressedLinear, LowRank
+from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
 from lqec_kernels.packing import words_for
 
 GROUP, RANK, VOCAB = 32, 4, 64
@@ -57,6 +58,23 @@ def make_problem(windows: int = 8, length: int = 16, **sizes) -> Problem:
 def make_plain_problem(windows: int = 8, length: int = 16, d: int = 64) -> Problem:
     """Returns the same over `plain_fns`, two blocks of 2 and 3 bits."""
     return _with_windows(plain_fns(), draw_plain((2, 3), d), windows, length)
+
+
+def make_block_problem(d: int = 32, windows: int = 6, **changes) -> BlockProblem:
+    """Returns a block of `plain_fns` and streams of few directions that lie a little apart."""
+    random, few = np.random.default_rng(3), d // 4
+    w = jnp.asarray(_normal(random, d, d, scale=d**-0.5))
+    teacher = _normal(random, windows, 8, few, scale=1.0) @ _normal(random, few, d, scale=0.5)
+    facts = {
+        "fns": plain_fns(),
+        "block": {"mix": {"kernel": CompressedLinear(Dense(w))}},
+        "dense": {"mix": {"kernel": w}},
+        "teacher": teacher,
+        "student": teacher + _normal(random, windows, 8, d, scale=0.1),
+        "train": windows - 2,
+        "key": jax.random.key(0),
+    }
+    return BlockProblem(**(facts | changes))
 
 
 def _with_windows(fns: ModelFns, params: Params, windows: int, length: int) -> Problem:
@@ -116,6 +134,7 @@ def _normal(random, *shape: int, scale: float) -> np.ndarray:
     return scale * random.standard_normal(shape, np.float32)
 
 
+@cache
 def plain_fns(remat: bool = False) -> ModelFns:
     """Somebody's own model, which keeps its operands' precision: h + tanh(h W) a block."""
 

@@ -1,9 +1,7 @@
 """Reads flax folders: a nested dict of arrays, names joined by '/', blocks stacked.
 
-A packed weight's codes lie in runs of 32 along d_in, a run's in `bits` words: one stream of bits a
-column. w[i, o] = scales[g, o] (code[i, o] - zero[g, o]), g = i // group_size; then transforms, then
-corrections. Names and orientation are ours: 'blocks/3/attn/q/kernel', [d_in, d_out].
-Transforms are x ↦ x diag(scale): of the input they scale rows, of the output columns.
+Names and orientation are ours: 'blocks/3/attn/q/kernel', [d_in, d_out]. What a packed weight's
+arrays mean is `operators`'.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +13,7 @@ import numpy as np
 
 from lqec_jax.errors import InputError
 from lqec_jax.io.hf import Checkpoint, read_json
-from lqec_jax.io.readers.bits import read_codes
+from lqec_jax.io.readers import operators
 
 PARTS = ("base", "corrections", "input_transform", "output_transform")
 
@@ -60,35 +58,11 @@ def _read_dense(checkpoint: Checkpoint, name: str, layer: Any) -> np.ndarray:
 def _read_packed(checkpoint: Checkpoint, path: str, said: Mapping, layer: Any) -> np.ndarray:
     """Returns one packed weight, `layer` of its stack, dense and float32."""
 
-    def array(name: str) -> np.ndarray:
-        return checkpoint.read(f"{path}/{name}")[layer]
+    def array(name: str) -> np.ndarray | None:
+        stored = f"{path}/{name}" in checkpoint.entries
+        return checkpoint.read(f"{path}/{name}")[layer] if stored else None
 
-    w = _base(checkpoint, path, said["base"], array)
-    for place in ("input_transform", "output_transform"):
-        if said[place] is not None:
-            if said[place]["format"] != "channel_scale":
-                raise InputError(f"{path}: {place} {said[place]['format']!r} is not read here")
-            scale = array(f"{place}/scale").astype(np.float32)
-            w = scale[:, None] * w if place == "input_transform" else w * scale
-    for number, correction in enumerate(said["corrections"]):
-        if correction["format"] != "low_rank":
-            raise InputError(f"{path}: correction {correction['format']!r} is not read here")
-        a, b = (array(f"corrections/{number}/{name}").astype(np.float64) for name in "ab")
-        w = w + (a @ b).astype(np.float32)
-    return w
-
-
-def _base(checkpoint: Checkpoint, path: str, said: Mapping, array: Callable) -> np.ndarray:
-    if said["format"] == "dense":
-        return array("base/w").astype(np.float32)
-    if said["format"] != "affine":
-        raise InputError(f"{path}: base {said['format']!r} is not read here")
-    bits, group = said["bits"], np.arange(said["d_in"]) // said["group_size"]
-    codes = read_codes(array("base/codes"), bits, said["d_in"])
-    scales = array("base/scales").astype(np.float32)  # [groups, d_out]
-    zeros = np.full(scales.shape, 2.0 ** (bits - 1), np.float32)
-    if f"{path}/base/zeros" in checkpoint.entries:
-        zeros = array("base/zeros")
-        if zeros.dtype == np.uint32:
-            zeros = read_codes(zeros.T, bits, scales.shape[1]).T
-    return scales[group] * (codes - zeros.astype(np.float32)[group]).astype(np.float32)
+    try:
+        return operators.read_weight(said, array)
+    except operators.UnknownFormatError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,0 +1,44 @@
+"""How programs are compiled in the tests: quickly, because nearly every one of them runs once."""
+
+import mmap
+import os
+from pathlib import Path
+
+import jax
+import jaxlib
+
+# XLA's emitter of CPU loops. The one before it takes half of what compiling still takes once
+# nothing is optimized.
+EMITTERS = "xla_cpu_use_fusion_emitters"
+TURNED_OFF = f"--{EMITTERS}=false"
+
+
+def compile_quickly() -> None:
+    """Turns optimizations off, in this process and in those it starts.
+
+    Must come before the first compilation: XLA reads its flags once.
+    """
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if TURNED_OFF not in flags and _is_known_to_xla(EMITTERS):
+        os.environ["XLA_FLAGS"] = f"{flags} {TURNED_OFF}".strip()
+
+
+def _is_known_to_xla(flag: str) -> bool:
+    # One that is not known ends the process, and nothing lists those that are.
+    library = Path(jaxlib.__file__).with_name("libjax_common.so")
+    if not library.is_file():
+        return False
+    with library.open("rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            return code.find(flag.encode()) >= 0
+
+
+def options_for_memory() -> dict[str, bool | int]:
+    """Returns the options that give a program the memory it has outside of the tests.
+
+    What is fused, and so what is held, depends on the emitter; machine code is of no account.
+    """
+    emitters = {EMITTERS: True} if TURNED_OFF in os.environ.get("XLA_FLAGS", "") else {}
+    return emitters | {"xla_backend_optimization_level": 0}

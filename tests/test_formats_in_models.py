@@ -1,0 +1,92 @@
+"""A model does not know what its weights are made of: formats give their dense twins' logits."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lqec_jax as lqec
+from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.types import LinearProblem, LinearStats, run_linear
+from lqec_jax.recipe import parse_recipe
+from lqec_kernels.formats import CompressedLinear, Dense, LowRank
+from tests.golden.tiny_checkpoint import write_checkpoint
+
+TOKENS = np.arange(24).reshape(2, 12)
+# Format -> a recipe without data that makes it.
+RECIPES = {
+    "affine, one scale": "slim_quant(bits=4)",
+    "planes of signs": "ternary(group_size=16)",
+    "one bit, scaled inputs": "onebit()",
+    "codebook of each column, outliers": "squeezellm(bits=2, weights='ones', outliers=0.01)",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return lqec.load(write_checkpoint(tmp_path_factory.mktemp("m") / "tiny", num_hidden_layers=2))
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """Returns params -> logits and the gradients of the adapters, compiled once a format."""
+
+    @jax.jit
+    def run(params):
+        adapters, frozen = lqec.partition(params, select="adapters")
+
+        def loss(adapters):
+            whole = lqec.combine(adapters, frozen)
+            _, hidden = model.fns.hidden(whole, TOKENS)
+            logits = model.fns.head(whole, hidden)
+            return jnp.mean(jnp.square(logits)), logits
+
+        (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(adapters)
+        return logits, jax.tree.leaves(gradients)
+
+    return run
+
+
+def rewrite(model, change):
+    """Returns the parameters with every linear changed, stacks of layers whole."""
+    blocks = []
+    for block in model.params["blocks"]:
+        for path in model.fns.linears:
+            block = set_at(block, f"{path}/kernel", change(get_at(block, f"{path}/kernel")))
+        blocks.append(block)
+    return {**model.params, "blocks": tuple(blocks)}
+
+
+def compress_stack(recipe):
+    steps = parse_recipe(recipe).steps
+
+    @jax.jit
+    @jax.vmap
+    def compress(w):
+        problem = LinearProblem(w.astype(jnp.float32), LinearStats(), jax.random.key(0))
+        leaf = CompressedLinear(Dense(problem.w))
+        for step in steps:
+            leaf, _ = run_linear(step, problem, leaf)
+        rank = LowRank(0.1 * jnp.ones((leaf.d_in, 2)), 0.1 * jnp.ones((2, leaf.d_out)))
+        return CompressedLinear(
+            leaf.base, (rank, *leaf.corrections), leaf.input_transform, leaf.output_transform
+        )
+
+    return compress
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_logits_and_adapter_gradients_are_those_of_the_dense_twin(model, run, name):
+    params = rewrite(model, compress_stack(RECIPES[name]))
+
+    def as_dense(leaf: CompressedLinear) -> CompressedLinear:
+        base = leaf.dense() - leaf.corrections[0].dense()
+        return CompressedLinear(Dense(base), leaf.corrections[:1])
+
+    packed = run(params)
+    wanted = run(rewrite(replace(model, params=params), as_dense))
+    np.testing.assert_allclose(packed[0], wanted[0], rtol=1e-3, atol=1e-4)
+    for a, b in zip(packed[1], wanted[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4 * np.abs(b).max() + 1e-8)
