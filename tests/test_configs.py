@@ -64,6 +64,7 @@ def test_a_large_one_fits_where_it_says(path, tmp_path):
     assert facts["machines"][0]["fits"]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("path", TINY, ids=name)
 def test_a_tiny_one_reaches_its_number(path, tmp_path):
     config = read(path)

@@ -21,6 +21,10 @@ RECIPES = {
     "planes of signs": "ternary(group_size=16)",
     "one bit, scaled inputs": "onebit()",
     "codebook of each column, outliers": "squeezellm(bits=2, weights='ones', outliers=0.01)",
+    "scales of scales": "nf(bits=4, group_size=16, double=True)",
+    "pairs, both sides rotated": "hadamard(output=True) | higgs(bits=3)",
+    "mask over dense": "magnitude(sparsity=0.5)",
+    "two of four over affine": "magnitude(sparsity='2:4') | rtn(bits=4, group_size=16)",
 }
 
 

@@ -60,7 +60,7 @@ VARIANTS = {
         ("bits=3, group_size=None, scale_dtype='float32'", "bits=4, group_size=16, double=True"),
     ),
     "higgs": Variants(("bits=2", "bits=3", "bits=4"), ("bits=2, p=1, block=16",)),
-    "e8p": Variants(("bits=2", "bits=3", "bits=4"), ("bits=2, passes=2",)),
+    "e8p": Variants(("bits=2", "bits=3", "bits=4"), ("bits=2, passes=0",)),
     "squeezellm": Variants(
         tuple(f"bits={bits}, outliers=0" for bits in (2, 3, 4)),
         ("bits=2, weights='rms', outliers=0.01", "bits=3, weights='ones', outliers=0.01"),

@@ -57,7 +57,7 @@ def build(order: int) -> np.ndarray:
     return matrix
 
 
-def multiply(x: jax.Array, order: int, transpose: bool = False) -> jax.Array:
+def multiply(x: jax.Array, order: int, *, transpose: bool = False) -> jax.Array:
     """Multiplies blocks of the last axis by H / √order, or by its transpose.
 
     Args:

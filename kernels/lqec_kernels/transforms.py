@@ -54,7 +54,7 @@ class Hadamard:
     inverse: bool = static(default=False)
 
     @classmethod
-    def draw(cls, key: jax.Array, size: int, block: int, inverse: bool = False) -> "Hadamard":
+    def draw(cls, key: jax.Array, size: int, block: int, *, inverse: bool = False) -> "Hadamard":
         """Draws signs."""
         bits = jax.random.bernoulli(key, shape=(size, 1)).astype(jnp.uint8)
         return cls(pack(bits, 1)[:, 0], size, block, inverse)

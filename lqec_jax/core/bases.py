@@ -81,8 +81,8 @@ def scale_inputs(method: str, leaf: CompressedLinear, scale: jax.Array) -> Compr
         scale = before.scale.astype(jnp.float32) * scale.astype(jnp.float32)
     elif before is not None:
         raise InputError(
-            f"{method}: scales the inputs of a weight, and a {type(before).__name__} transform mixes "
-            "them first; leave the rotation out"
+            f"{method}: scales the inputs of a weight, and a {type(before).__name__} transform "
+            "mixes them first; leave the rotation out"
         )
     return dataclasses.replace(leaf, input_transform=ChannelScale(scale))
 

@@ -65,8 +65,9 @@ def partition(params: Params, select: str | Callable = "adapters") -> tuple[Para
 
     Args:
       params: any tree with CompressedLinear leaves.
-      select: 'adapters' (factors of low-rank corrections), 'scales' (floating scales and zeros of
-        bases), or (path, array) -> bool with path as `jax.tree_util` gives it.
+      select: 'adapters' (factors of low-rank corrections), 'scales' (what bases multiply codes by,
+        shift them by or look up, where it is floating), or (path, array) -> bool with path as
+        `jax.tree_util` gives it.
     Raises:
       InputError: an unknown selection.
     Example:
@@ -101,10 +102,14 @@ def _is_adapter(path: tuple, leaf: jax.Array) -> bool:
     return "corrections" in names and names[-1] in ("a", "b")
 
 
+# What formats call the numbers that codes are multiplied by, shifted by, or stand for.
+SCALES = ("scales", "zeros", "alphas", "shifts", "levels")
+
+
 def _is_scale(path: tuple, leaf: jax.Array) -> bool:
     names = _attributes(path)
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return "base" in names and names[-1] in ("scales", "zeros") and floating
+    return "base" in names and names[-1] in SCALES and floating
 
 
 SELECTIONS = {"adapters": _is_adapter, "scales": _is_scale}

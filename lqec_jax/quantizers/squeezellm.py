@@ -38,8 +38,8 @@ def fit_levels(w: jax.Array, weight: jax.Array, bits: int) -> jax.Array:
     """Solves weighted k-means on the line for every column.
 
     The optimum where d_in <= 512. Above, the optimum over cuts between 512 cells of sorted inputs,
-    then Lloyd's rounds over single inputs, which never raise the error; on Gaussian columns of
-    11008 the result is within a thousandth of the optimum.
+    then Lloyd's rounds over single inputs, which never raise the error. (Ten inputs a cell cost
+    less than 0.2 % of the optimum on Gaussian columns.)
 
     Args:
       w: float32 [d_in, d_out].

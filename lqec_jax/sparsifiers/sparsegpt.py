@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from lqec_jax.core import damping
 from lqec_jax.core.arguments import check_number
 from lqec_jax.core.bases import base_target, inner_gram, kept, mask_base
-from lqec_jax.core.grids import group_rows
 from lqec_jax.core.group_grid import GroupGrid, make_grid
 from lqec_jax.core.ldlq import block_of, ldlq
 from lqec_jax.core.masks import Sparsity, keep_largest, keep_pattern, parse_sparsity
@@ -68,23 +67,32 @@ class _Sweep(NamedTuple):
         return _flatten(ldlq(w, lower, quantize_block, size))
 
     def _settle(self, target: jax.Array, own: jax.Array, size: int, known: Known) -> Known:
-        energy = jnp.square(jnp.diagonal(own))[:, None]
+        """Chooses what stays of a block, fits its grid, or both."""
+        chosen = self.choose(target, own, known)
         if size == self.compete:
-            score = jnp.where(known.live, jnp.square(target) * energy, 0.0)
-            allowed = known.keep
-            score = score if allowed is None else jnp.where(allowed, score, 0.0)
-            keep = self._choose(score)
-            known = known._replace(keep=keep if allowed is None else keep & allowed)
+            known = known._replace(keep=chosen)
         if self.grid is not None and size == self.group:
-            scales, zeros = self.grid.fit(target[None], energy[None])
-            known = known._replace(scales=scales[0], zeros=zeros[0])
+            scales, zeros = self.fit(target, own, known.keep if size <= self.compete else chosen)
+            known = known._replace(scales=scales, zeros=zeros)
         return known
 
-    def _choose(self, score: jax.Array) -> jax.Array:
+    def choose(self, target: jax.Array, lower: jax.Array, known: Known) -> jax.Array:
+        """Returns which of a block's weights stay, as far as its targets tell."""
+        score = jnp.where(known.live, jnp.square(target) * _energy(lower), 0.0)
+        if known.keep is not None:
+            score = jnp.where(known.keep, score, 0.0)
         if self.sparsity.pattern:
-            return keep_pattern(score, *self.sparsity.kept_of)
-        zeros = int(self.sparsity.fraction * score.size)
-        return keep_largest(score.reshape(-1), zeros).reshape(score.shape)
+            keep = keep_pattern(score, *self.sparsity.kept_of)
+        else:
+            zeros = int(self.sparsity.fraction * score.size)
+            keep = keep_largest(score.reshape(-1), zeros).reshape(score.shape)
+        return keep if known.keep is None else keep & known.keep
+
+    def fit(self, target: jax.Array, lower: jax.Array, keep: jax.Array) -> tuple:
+        """Returns the grid (scales, zeros), [1, d_out] each, of those of a block that stay."""
+        stays = jnp.where(keep, target, 0.0)  # zero lies on every grid, so others cost nothing
+        scales, zeros = self.grid.fit(stays[None], _energy(lower)[None])
+        return scales[0], zeros[0]
 
     def _run_rows(self, w: jax.Array, lower: jax.Array, known: Known) -> dict:
         def quantize_row(row: jax.Array, place: jax.Array):
@@ -104,6 +112,11 @@ def _rows_of(known: Known, number: jax.Array, size: int) -> Known:
 
     keep = None if known.keep is None else rows(known.keep)
     return known._replace(live=rows(known.live), keep=keep)
+
+
+def _energy(lower: jax.Array) -> jax.Array:
+    """Returns how much the sweep counts the square of an error made at each row, [rows, 1]."""
+    return jnp.square(jnp.diagonal(lower))[:, None]
 
 
 def _flatten(out: dict) -> dict:
@@ -139,9 +152,8 @@ def prune(w, gram, sparsity: Sparsity, *, grid: GroupGrid | None = None, damp=0.
         sizes.add(group)
     elif grid is not None:
         # One grid for all rows is that of the weights before the sweep.
-        energy = jnp.square(jnp.diagonal(lower))[None, :, None]
-        scales, zeros = grid.fit(group_rows(w, d_in), energy)
-        known = known._replace(scales=scales[0], zeros=zeros[0])
+        scales, zeros = sweep.fit(w, lower, sweep.choose(w, lower, known))
+        known = known._replace(scales=scales, zeros=zeros)
     out = sweep.run(w, lower, tuple(sorted(sizes, reverse=True)), known)
     base = Dense(out["w_hat"])
     if grid is not None:

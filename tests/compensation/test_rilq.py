@@ -12,6 +12,7 @@ import pytest
 from lqec_jax.compensation import rilq as module
 from lqec_jax.compensation.rilq import make_objective, make_optimizer, map_linears, rilq
 from lqec_jax.core.closed_form import truncate
+from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.linear import linear
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.core.types import ModelFns, ModelProblem
@@ -78,7 +79,7 @@ def compress(change) -> dict:
 
 
 def bare(w) -> CompressedLinear:
-    return CompressedLinear(quantize(w, 2, 8))
+    return CompressedLinear(quantize(w, GroupGrid(2, 8)))
 
 
 def with_svd(w) -> CompressedLinear:

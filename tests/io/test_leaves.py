@@ -10,6 +10,7 @@ from lqec_jax.io.leaves import FORMATS, flatten, name_format, unflatten
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
 from lqec_kernels.outliers import Outliers
+from tests.io.readers.test_operators import BASES, TRANSFORMS
 
 D_IN, D_OUT, GROUP = 64, 40, 32
 
@@ -55,7 +56,10 @@ LEAVES = {
         (Outliers(jnp.arange(7, dtype=jnp.uint32), jnp.ones(7, jnp.float16), D_IN, D_OUT),),
     ),
     "both transforms": CompressedLinear(affine("int"), (low_rank(1),), scale(D_IN), scale(D_OUT)),
-}
+    **{f"base {name}": CompressedLinear(base) for name, base in BASES.items()},
+    **{f"input {name}": CompressedLinear(dense(), (), make(D_IN))
+       for name, make in TRANSFORMS.items()},
+}  # fmt: skip
 
 
 def check_same(came, tree):
@@ -105,10 +109,15 @@ def test_names_are_dotted_paths_and_fields():
 
 
 def test_every_format_of_the_table_was_tried():
-    arrays = [flatten({"q": {"kernel": leaf}})[1]["q"] for leaf in LEAVES.values()]
-    tried = {part["format"] for said in arrays for part in [said["base"], *said["corrections"]]}
-    tried |= {said["input_transform"]["format"] for said in arrays if said["input_transform"]}
-    assert tried == set(FORMATS)
+    def formats(said) -> set[str]:
+        if isinstance(said, list):
+            return set().union(*map(formats, said))
+        if not isinstance(said, dict):
+            return set()
+        return formats(list(said.values())) | ({said["format"]} if "format" in said else set())
+
+    tried = [flatten({"q": {"kernel": leaf}})[1] for leaf in LEAVES.values()]
+    assert formats(tried) == set(FORMATS)
 
 
 def test_an_unknown_format_and_a_missing_array_are_refused_by_name():

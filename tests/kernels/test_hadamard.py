@@ -68,9 +68,9 @@ def test_matrices_stay_what_they_are(order, crc):
 def test_a_product_is_that_with_the_matrix(order):
     x = np.random.RandomState(0).standard_normal((3, 2 * order)).astype(np.float32)
     h = build(order) / np.sqrt(order)
-    run = jax.jit(multiply, static_argnums=(1, 2))
+    run = jax.jit(multiply, static_argnames=("order", "transpose"))
     for matrix, transpose in ((h, False), (h.T, True)):
         wanted = (x.reshape(3, 2, order) @ matrix).reshape(x.shape)
-        np.testing.assert_allclose(run(x, order, transpose), wanted, atol=2e-6)
-    np.testing.assert_allclose(run(run(x, order, False), order, True), x, atol=2e-6)
-    assert run(jnp.asarray(x, jnp.bfloat16), order, False).dtype == jnp.bfloat16
+        np.testing.assert_allclose(run(x, order, transpose=transpose), wanted, atol=2e-6)
+    np.testing.assert_allclose(run(run(x, order), order, transpose=True), x, atol=2e-6)
+    assert run(jnp.asarray(x, jnp.bfloat16), order).dtype == jnp.bfloat16

@@ -28,7 +28,7 @@ def matrix_of(transform) -> np.ndarray:
 @pytest.mark.parametrize("block", [SIZE, 44, 8, 1])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_a_rotation_is_orthogonal(block, inverse):
-    rotation = Hadamard.draw(jax.random.key(0), SIZE, block, inverse)
+    rotation = Hadamard.draw(jax.random.key(0), SIZE, block, inverse=inverse)
     m = matrix_of(rotation)
     np.testing.assert_allclose(m @ m.T, np.eye(SIZE), atol=1e-6)
     # Mixes whole blocks evenly and nothing beyond them.

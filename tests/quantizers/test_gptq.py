@@ -25,6 +25,10 @@ X *= np.exp(0.5 * RNG.standard_normal(D_IN))
 GRAM = X.T @ X / len(X)
 
 
+def rounding(w: jax.Array) -> Affine:
+    return rtn.quantize(w, GroupGrid(BITS, GROUP, dtype=jnp.float32))
+
+
 def damp(gram: np.ndarray) -> np.ndarray:
     return gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(len(gram))
 
@@ -113,7 +117,7 @@ def test_float32_gives_the_same_codes():
 def test_independent_inputs_make_it_plain_rounding():
     w = jnp.asarray(W, jnp.float32)
     gram = jnp.diag(jnp.asarray(np.exp(RNG.standard_normal(D_IN)), jnp.float32))
-    wanted = rtn.quantize(w, BITS, GROUP, dtype=jnp.float32)
+    wanted = rounding(w)
     for act_order in (False, True):
         came = run(w, gram, act_order=act_order)
         for c, r in zip(jax.tree.leaves(came), jax.tree.leaves(wanted), strict=True):
@@ -121,7 +125,7 @@ def test_independent_inputs_make_it_plain_rounding():
 
 
 def test_it_beats_rounding_and_each_option_helps_here():
-    rounded = loss(rtn.quantize(jnp.asarray(W, jnp.float32), BITS, GROUP, dtype=jnp.float32))
+    rounded = loss(rounding(jnp.asarray(W, jnp.float32)))
     plain, searched = loss(narrow()), loss(narrow(search="output"))
     assert 0.2 * rounded < plain < 0.7 * rounded
     assert searched < 0.97 * plain
@@ -187,7 +191,9 @@ def test_the_report_names_the_rung_of_an_indefinite_gram(least, said):
     assert len(notes) == 1 and notes[0].startswith(said)
     assert np.isfinite(dense).all()
     if least < -1:
-        wanted = rtn.quantize(jnp.asarray(W, jnp.float32), BITS, GROUP, dtype=jnp.float32)
+        wanted = rtn.quantize(
+            jnp.asarray(W, jnp.float32), GroupGrid(BITS, GROUP, dtype=jnp.float32)
+        )
         came = run(jnp.asarray(W, jnp.float32), jnp.asarray(gram, jnp.float32))
         np.testing.assert_array_equal(came.codes, wanted.codes)
 
@@ -240,7 +246,7 @@ def test_no_group_size_is_one_group_a_column():
     problem, leaf = pose()
     came, _ = jax.jit(gptq(bits=BITS, group_size=None).run)(problem, leaf)
     assert came.base.scales.shape == (1, D_OUT) and came.base.group_size == D_IN
-    rounded = CompressedLinear(rtn.quantize(problem.w, BITS, None))
+    rounded = CompressedLinear(rtn.quantize(problem.w, GroupGrid(BITS, None)))
     assert output_error(problem, came) < 0.8 * output_error(problem, rounded)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers import hqq as module
@@ -61,7 +62,7 @@ def test_a_start_from_integer_zeros_is_rounding_and_lifts_heavy_tails():
         starts[round_zero] = run(w, 3, GROUP, (*options, ("rounds", 0)))[1]
         ends[round_zero] = by_group(run(w, 3, GROUP, options)[1] - w, GROUP)
         assert (ends[round_zero] <= by_group(starts[round_zero] - w, GROUP) * (1 + 1e-5)).all()
-    rounded = rtn.quantize(jnp.asarray(w), 3, GROUP).dense()
+    rounded = rtn.quantize(jnp.asarray(w), GroupGrid(3, GROUP)).dense()
     np.testing.assert_allclose(starts[True], rounded, atol=1e-6)
     assert ends[True].mean() < ends[False].mean()
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize, rtn
@@ -69,14 +70,11 @@ def test_distortion_of_gaussian_weights(kind, group_size, index):
     symmetric, searched = kind
     # Enough groups for a standard error below half a percent; a searched one costs eighty of them.
     groups = (8000 if group_size == 64 else 4000) if searched else 10000
-    power = 2.4 if searched else None
+    grid = GroupGrid(index + 2, group_size, symmetric, "weight" if searched else None, jnp.float32)
 
     @jax.jit
     def distortion(w):
-        base = quantize(
-            w, index + 2, group_size, symmetric=symmetric, dtype=jnp.float32, power=power
-        )
-        return jnp.mean(jnp.square(base.dense() - w))
+        return jnp.mean(jnp.square(quantize(w, grid).dense() - w))
 
     wanted = DISTORTION[kind, group_size][index]
     assert distortion(draw(group_size, groups)) == pytest.approx(wanted, rel=0.01)
@@ -234,7 +232,7 @@ def test_no_group_size_is_one_group_a_column():
 
 def test_a_stack_is_quantized_by_vmap():
     w = draw(3, D_IN, D_OUT)
-    stack = jax.jit(jax.vmap(partial(quantize, bits=3, group_size=GROUP)))(w)
+    stack = jax.jit(jax.vmap(partial(quantize, grid=GroupGrid(3, GROUP))))(w)
     one = run(rtn(bits=3, group_size=GROUP), w[1])[0].base
     assert stack.codes.shape == (3, *one.codes.shape)
     for came, wanted in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):

@@ -153,12 +153,14 @@ def _low_rank(said: Mapping, array: Arrays, place: str) -> np.ndarray:
     return (a @ b).astype(np.float32)
 
 
-def _channel_scale(said, array: Arrays, place: str, w: np.ndarray, transpose=False) -> np.ndarray:
+def _channel_scale(
+    said, array: Arrays, place: str, w: np.ndarray, *, transpose=False
+) -> np.ndarray:
     """diag(scale) w, which is its own transpose."""
     return array(f"{place}/scale").astype(np.float32)[:, None] * w
 
 
-def _hadamard(said, array: Arrays, place: str, w: np.ndarray, transpose=False) -> np.ndarray:
+def _hadamard(said, array: Arrays, place: str, w: np.ndarray, *, transpose=False) -> np.ndarray:
     """S (I ⊗ H) w, or with `inverse` (I ⊗ Hᵀ) S w, which is also the transpose of the former."""
     size, block = said["size"], said["block"]
     signs = 2.0 * read_codes(array(f"{place}/signs")[:, None], 1, size) - 1  # [size, 1]
