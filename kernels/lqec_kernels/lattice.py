@@ -88,20 +88,25 @@ def _nearest_shifted(y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Arr
     patterns = e8p_patterns()
     v = y - (0.25 - 0.5 * shift.astype(jnp.float32))
     size, negative = jnp.abs(v), (v < 0).astype(jnp.uint32)
-    odd = (patterns.sum(axis=1) % 2).astype(np.uint32)
-    wrong = (jnp.sum(negative, axis=0) ^ jnp.asarray(odd)[:, None]) & 1  # [256, m]
-    turned = jnp.full(wrong.shape, jnp.inf)
-    for i in range(DIM):
+    odd = jnp.asarray((patterns.sum(axis=1) % 2).astype(np.uint32))
+    parity = jnp.sum(negative, axis=0) & 1
+    turned = patterns[:, 0, None] * size[0]
+    for i in range(1, DIM):
         turned = jnp.minimum(turned, patterns[:, i, None] * size[i])
-    near = jnp.matmul(patterns, size, precision="highest")
+    near = jnp.matmul(patterns, size, precision="highest")  # [256, m]
     norm = np.sum(patterns**2, axis=1)[:, None]
-    error = norm - 2 * near + 4 * jnp.where(wrong == 1, turned, 0.0)
-    best = jnp.argmin(error, axis=0)  # [m]
-    error = jnp.take_along_axis(error, best[None], axis=0)[0] + jnp.sum(jnp.square(v), axis=0)
-    is_wrong = jnp.take_along_axis(wrong, best[None], axis=0)[0]
+    error = norm - 2 * near + 4 * jnp.where(odd[:, None] == parity, 0.0, turned)
+    least, best = _first_least(error)
     place = jnp.argmin(jnp.asarray(patterns.T)[:, best] * size, axis=0)  # [m]
-    turn = (jnp.arange(DIM)[:, None] == place) * is_wrong
+    turn = (jnp.arange(DIM)[:, None] == place) * (odd[best] ^ parity)
     signs = negative ^ turn.astype(jnp.uint32)
     worth = 2 ** np.arange(1, DIM, dtype=np.uint32)[:, None]
     low = jnp.sum(signs[:-1] * worth, axis=0, dtype=jnp.uint32) + shift
-    return error, (best.astype(jnp.uint32) << 8) + low
+    return least + jnp.sum(jnp.square(v), axis=0), (best.astype(jnp.uint32) << 8) + low
+
+
+def _first_least(error: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the least along the first axis and where; twice as fast as argmin on a CPU."""
+    least = jnp.min(error, axis=0)
+    place = jnp.arange(len(error))[:, None]
+    return least, jnp.min(jnp.where(error <= least, place, len(error) - 1), axis=0)

@@ -110,7 +110,9 @@ def _by_rows(nearest: Callable, count: int) -> Callable:
     def encode(points: jax.Array) -> jax.Array:
         *lead, dim, columns = points.shape
         rows = points.astype(jnp.float32).reshape(-1, dim, columns)  # [n, dim, columns]
-        together = max(1, min(len(rows), SCORES // (count * columns)))
+        together = max(1, SCORES // (count * columns))
+        if len(rows) <= together:
+            return jax.vmap(nearest)(rows).reshape(*lead, columns)
         return jax.lax.map(nearest, rows, batch_size=together).reshape(*lead, columns)
 
     return encode

@@ -104,6 +104,8 @@ def _refine(w, lower, state: tuple, quantize_block, passes: int) -> tuple:
     A pass that changes nothing is the last.
     """
     gram = jnp.matmul(lower.T, lower, precision="highest")
+    blocks = jnp.arange(w.shape[0]).reshape(-1, DIM)  # [blocks, 8]
+    inverses = jnp.linalg.inv(gram[blocks[:, :, None], blocks[:, None]])
 
     def step(number: jax.Array, state: tuple) -> tuple:
         errors, codes, changed = state
@@ -112,7 +114,7 @@ def _refine(w, lower, state: tuple, quantize_block, passes: int) -> tuple:
         own = lax.dynamic_slice_in_dim(across, first, DIM, axis=1)  # [8, 8]
         rows, old = (lax.dynamic_slice_in_dim(a, first, DIM) for a in (w, errors))
         pull = jnp.matmul(across, errors, precision="highest")
-        target = rows - old + jnp.linalg.solve(own, pull)
+        target = rows - old + jnp.matmul(inverses[number], pull, precision="highest")
         w_hat, (_, new_codes) = quantize_block(target, number)
 
         def cost(w_hat: jax.Array) -> jax.Array:
@@ -131,7 +133,7 @@ def _refine(w, lower, state: tuple, quantize_block, passes: int) -> tuple:
     def once_around(state: tuple) -> tuple:
         done, _, errors, codes = state
         start = (errors, codes, jnp.bool(False))
-        errors, codes, changed = lax.fori_loop(0, w.shape[0] // DIM, step, start)
+        errors, codes, changed = lax.fori_loop(0, len(blocks), step, start)
         return done + 1, changed, errors, codes
 
     start = (jnp.int32(0), jnp.bool(True), *state)

@@ -7,8 +7,9 @@ to a grid in the same sweep.
 
 Differs from IST-DASLab/sparsegpt@147d215 sparsegpt.py: exactly the share asked for is zero, where
 that code prunes one weight a block more; of equal scores the lowest index goes first; jointly
-rounded weights have grids per group, fitted when the sweep comes to the group, where that code has
-one a row, fitted before; dead channels and damping as in `core.damping`.
+rounded weights have grids per group, fitted when the sweep comes to the group to what pruning alone
+would make of it, where that code has one a row, fitted to the weights before; dead channels and
+damping as in `core.damping`.
 """
 
 import dataclasses
@@ -58,26 +59,30 @@ class _Sweep(NamedTuple):
 
         def quantize_block(target: jax.Array, number: jax.Array):
             own = block_of(lower, number, size)
-            mine = self._settle(target, own, size, _rows_of(known, number, size))
+            mine = _rows_of(known, number, size)
+            if size == self.compete:
+                mine = mine._replace(keep=self._choose(target, own, mine))
+            if self.grid is None or size != self.group:
+                out = self.run(target, own, tuple(inner), mine)
+                return out["w_hat"], out
+            mine = self.fit(target, own, tuple(inner), mine)
             out = self.run(target, own, tuple(inner), mine)
-            if self.grid is not None and size == self.group:
-                out |= {"scales": mine.scales, "zeros": mine.zeros}
-            return out["w_hat"], out
+            return out["w_hat"], out | {"scales": mine.scales, "zeros": mine.zeros}
 
         return _flatten(ldlq(w, lower, quantize_block, size))
 
-    def _settle(self, target: jax.Array, own: jax.Array, size: int, known: Known) -> Known:
-        """Chooses what stays of a block, fits its grid, or both."""
-        chosen = self.choose(target, own, known)
-        if size == self.compete:
-            known = known._replace(keep=chosen)
-        if self.grid is not None and size == self.group:
-            scales, zeros = self.fit(target, own, known.keep if size <= self.compete else chosen)
-            known = known._replace(scales=scales, zeros=zeros)
-        return known
+    def fit(self, w: jax.Array, lower: jax.Array, sizes: tuple[int, ...], known: Known) -> Known:
+        """Fits one grid for all rows, to what pruning alone would make of them.
 
-    def choose(self, target: jax.Array, lower: jax.Array, known: Known) -> jax.Array:
-        """Returns which of a block's weights stay, as far as its targets tell."""
+        What stays makes up for what goes and grows by it: the rows as they are have another range.
+        Zero lies on every grid, so what goes costs nothing.
+        """
+        stays = self._replace(grid=None).run(w, lower, sizes, known)["w_hat"]
+        scales, zeros = self.grid.fit(stays[None], _energy(lower)[None])
+        return known._replace(scales=scales[0], zeros=zeros[0])
+
+    def _choose(self, target: jax.Array, lower: jax.Array, known: Known) -> jax.Array:
+        """Returns which of a block's weights stay."""
         score = jnp.where(known.live, jnp.square(target) * _energy(lower), 0.0)
         if known.keep is not None:
             score = jnp.where(known.keep, score, 0.0)
@@ -87,12 +92,6 @@ class _Sweep(NamedTuple):
             zeros = int(self.sparsity.fraction * score.size)
             keep = keep_largest(score.reshape(-1), zeros).reshape(score.shape)
         return keep if known.keep is None else keep & known.keep
-
-    def fit(self, target: jax.Array, lower: jax.Array, keep: jax.Array) -> tuple:
-        """Returns the grid (scales, zeros), [1, d_out] each, of those of a block that stay."""
-        stays = jnp.where(keep, target, 0.0)  # zero lies on every grid, so others cost nothing
-        scales, zeros = self.grid.fit(stays[None], _energy(lower)[None])
-        return scales[0], zeros[0]
 
     def _run_rows(self, w: jax.Array, lower: jax.Array, known: Known) -> dict:
         def quantize_row(row: jax.Array, place: jax.Array):
@@ -147,14 +146,11 @@ def prune(w, gram, sparsity: Sparsity, *, grid: GroupGrid | None = None, damp=0.
     lower, facts = damping.factor_reverse(gram, damp)
     live = jnp.diagonal(gram) > 0
     # Dead inputs go first, except where there are no others to tell apart.
-    known, sizes = Known((live | ~live.any())[:, None], allowed), {compete}
-    if group < d_in:
-        sizes.add(group)
-    elif grid is not None:
-        # One grid for all rows is that of the weights before the sweep.
-        scales, zeros = sweep.fit(w, lower, sweep.choose(w, lower, known))
-        known = known._replace(scales=scales, zeros=zeros)
-    out = sweep.run(w, lower, tuple(sorted(sizes, reverse=True)), known)
+    known = Known((live | ~live.any())[:, None], allowed)
+    sizes = tuple(sorted({compete, group} - {d_in} | {compete}, reverse=True))
+    if grid is not None and group not in sizes:
+        known = sweep.fit(w, lower, sizes, known)
+    out = sweep.run(w, lower, sizes, known)
     base = Dense(out["w_hat"])
     if grid is not None:
         scales, zeros = out.get("scales", known.scales), out.get("zeros", known.zeros)
