@@ -3,7 +3,7 @@
 Scalars (p = 1): Lloyd's iteration with the exact integrals of a normal over each cell (Lloyd 1982;
 Max 1960). Pairs (p = 2): the LBG iteration (Linde, Buzo & Gray 1980) over a low-discrepancy sample
 of the plane, from a sunflower whose density is that of the best grid, f^(p / (p + 2)), so that no
-restarts are needed. A minute on one core.
+restarts are needed. Two minutes on one core.
 
     python kernels/grids/fit_gaussian.py
 """

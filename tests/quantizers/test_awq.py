@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.linear import linear
 from lqec_jax.core.types import LinearProblem, LinearStats, output_error
 from lqec_jax.errors import InputError
@@ -51,7 +52,7 @@ def exponent_of(leaf: CompressedLinear, x=X) -> float:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_it_loses_less_than_rounding_where_inputs_differ(bits):
     problem, leaf = run(bits=bits)
-    rounded = CompressedLinear(rtn.quantize(problem.w, bits, GROUP))
+    rounded = CompressedLinear(rtn.quantize(problem.w, GroupGrid(bits, GROUP)))
     assert output_error(problem, leaf) < 0.6 * output_error(problem, rounded)
     assert leaf.input_transform.scale.dtype == jnp.float16
     assert leaf.stored_bits() == leaf.base.stored_bits() + 16 * D_IN
@@ -62,7 +63,7 @@ def test_the_exponent_is_the_best_of_the_grid():
     """Every candidate by hand, in float64; ours is none worse."""
     problem, leaf = run(bits=3, clip_search=False, n_grid=10)
     gram, rms = np.asarray(problem.stats.gram, np.float64), np.sqrt(np.mean(X**2, axis=0))
-    round_off = jax.jit(lambda w: rtn.quantize(w, 3, GROUP).dense())
+    round_off = jax.jit(lambda w: rtn.quantize(w, GroupGrid(3, GROUP)).dense())
     reached = []
     for r in np.arange(10) / 10:
         c = rms**r / np.sqrt((rms**r).max() * (rms**r).min())
@@ -79,14 +80,14 @@ def test_alike_inputs_need_no_scale():
     alike = np.linalg.qr(x)[0].astype(np.float32) * np.float32(np.sqrt(D_IN))  # gram = identity
     problem, leaf = run(x=alike, bits=3, clip_search=False, n_grid=10)
     np.testing.assert_allclose(leaf.input_transform.scale, 1.0, atol=1e-3)
-    rounded = CompressedLinear(rtn.quantize(problem.w, 3, GROUP))
+    rounded = CompressedLinear(rtn.quantize(problem.w, GroupGrid(3, GROUP)))
     assert output_error(problem, leaf) <= output_error(problem, rounded) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("x", [0 * X, X[:1], X * (np.arange(D_IN) > 20)], ids=["0", "1", "dead"])
 def test_never_worse_than_rounding_and_always_finite(x):
     problem, leaf = run(x=x, bits=2)
-    rounded = CompressedLinear(rtn.quantize(problem.w, 2, GROUP))
+    rounded = CompressedLinear(rtn.quantize(problem.w, GroupGrid(2, GROUP)))
     assert np.isfinite(leaf.dense()).all()
     error = output_error(problem, leaf)
     assert error <= output_error(problem, rounded) * (1 + 1e-5) and np.isfinite(error)
@@ -119,7 +120,7 @@ def test_the_scale_is_undone_at_the_input():
 def test_a_scale_that_is_there_is_multiplied():
     before = ChannelScale(jnp.asarray(np.exp(0.5 * RNG.standard_normal(D_IN)), jnp.float16))
     problem, leaf = run(bits=4, transform=before)
-    rounded = CompressedLinear(rtn.quantize(problem.w, 4, GROUP))
+    rounded = CompressedLinear(rtn.quantize(problem.w, GroupGrid(4, GROUP)))
     assert isinstance(leaf.input_transform, ChannelScale)
     assert output_error(problem, leaf) < 0.6 * output_error(problem, rounded)
 

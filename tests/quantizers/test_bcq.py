@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.bcq import bcq, fit_factors, quantize, recode
@@ -35,7 +36,7 @@ def by_group(dense) -> np.ndarray:
 def test_a_uniform_grid_is_rewritten_exactly(bits, symmetric):
     @jax.jit
     def rewrite(w):
-        uniform = round_to_nearest(w, bits, GROUP, symmetric=symmetric)
+        uniform = round_to_nearest(w, GroupGrid(bits, GROUP, symmetric))
         planes = recode(uniform)
         return planes, planes.dense(), uniform.dense()
 

@@ -67,6 +67,6 @@ def test_transforms_and_corrections_are_part_of_the_weight(tmp_path):
 
 def test_an_unknown_part_is_refused(tmp_path):
     for part in ({"base": {"format": "lattice"}}, {"input_transform": {"format": "rotation"}},
-                 {"corrections": [{"format": "outliers"}]}):  # fmt: skip
+                 {"corrections": [{"format": "sponge"}]}):  # fmt: skip
         with pytest.raises(InputError, match="is not read here"):
             write(tmp_path, AFFINE | part)
