@@ -40,6 +40,14 @@ METHODS = {
     "sparsegpt": Method("lqec_jax.sparsifiers.sparsegpt:sparsegpt", "linear", "1-8, or none", "gram", "2301.00774", "prune inputs in turn, let the later ones make up for the error"),
     "e2e_qp": Method("lqec_jax.quantizers.e2e_qp:e2e_qp", "model", "-", "text", "2407.11062", "train all scales of a rounded model on the next token"),
     "svd": Method("lqec_jax.compensation.svd:svd", "linear", "-", "none", "Eckart-Young 1936", "the best rank-r correction of the weight error"),
+    "naive_lora": Method("lqec_jax.compensation.whitened:naive_lora", "linear", "-", "none", "2410.09615", "the plain SVD, as SLiM compares itself with it"),
+    "l2qer": Method("lqec_jax.compensation.whitened:l2qer", "linear", "-", "absmean", "2402.02446", "the best correction with inputs weighed by their mean size"),
+    "slim_lora": Method("lqec_jax.compensation.whitened:slim_lora", "linear", "-", "rms, or absmean", "2410.09615", "the best correction with inputs weighed by a saliency that is never zero"),
+    "qera_approx": Method("lqec_jax.compensation.whitened:qera_approx", "linear", "-", "rms", "2410.06040", "the best correction for inputs without correlations"),
+    "qera": Method("lqec_jax.compensation.whitened:qera", "linear", "-", "gram", "2410.06040", "the correction of its rank that leaves the least output error"),
+    "eora": Method("lqec_jax.compensation.whitened:eora", "linear", "-", "gram", "2410.21271", "the same by the eigenspace of the inputs' gram"),
+    "aser": Method("lqec_jax.compensation.whitened:aser", "linear", "-", "gram", "2411.07762", "the same with no more components than a share of the spectrum asks for"),
+    "lq_lora": Method("lqec_jax.compensation.whitened:lq_lora", "linear", "-", "fisher", "2311.12023", "the best correction with inputs and outputs weighed by the loss's curvature"),
     "rilq": Method("lqec_jax.compensation.rilq:rilq", "model", "-", "hidden states", "2412.01129", "train all adapters on one model-wise loss + next token"),
 }
 # fmt: on

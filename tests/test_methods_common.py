@@ -90,6 +90,14 @@ VARIANTS = {
         (f"sparsity='2:4', bits=4, group_size={GROUP}",),
     ),
     "svd": Variants(("rank=2", "rank=4", "rank=8"), ("rank=0.25, dtype='float32'",)),
+    "naive_lora": Variants(("rank=2", "rank=4", "rank=8")),
+    "l2qer": Variants(("rank=2", "rank=4", "rank=8")),
+    "slim_lora": Variants(("rank=2", "rank=4", "rank=8"), ("rank=0.25, saliency='absmean'",)),
+    "qera_approx": Variants(("rank=2", "rank=4", "rank=8")),
+    "qera": Variants(("rank=2", "rank=4", "rank=8"), ("rank=0.25, dtype='float32'",)),
+    "eora": Variants(("rank=2", "rank=4", "rank=8"), ("rank=4, passes=4",)),
+    "aser": Variants(("rank=2", "rank=4", "rank=8"), ("rank=8, cumulative=0.1",)),
+    "lq_lora": Variants(("rank=2", "rank=4", "rank=8")),
 }
 COVERED = {
     "omniquant": "tests/quantizers/test_omniquant.py",
@@ -109,6 +117,7 @@ STATISTICS = {
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "outputs come in any order": {
         "squeezellm": "Fisher weights belong to outputs, and the law moves the weight alone",
+        "lq_lora": "Fisher weights belong to outputs, and the law moves the weight alone",
         "hadamard": "every output has a sign of its own, or sums of another order",
         "e8p": "every output has a sign of its own",
         "nf": "with `double`, scales of adjacent outputs share one",

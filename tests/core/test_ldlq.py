@@ -123,7 +123,7 @@ def test_any_size_is_swept_alike(d_in, block, monkeypatch):
     wanted = np.empty_like(w_hat)
     for first in range(0, d_in, block):
         rows, done = slice(first, first + block), slice(0, first)
-        looked = lower[rows, done] @ (w - wanted)[done]
+        looked = lower[rows, done] @ (w[done] - wanted[done])
         target = w[rows] + np.linalg.solve(lower[rows, rows], looked)
         wanted[rows] = 0.5 * target + 0.01 * (first // block)
     np.testing.assert_allclose(w_hat, wanted, atol=2e-3)

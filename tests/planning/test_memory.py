@@ -51,6 +51,13 @@ def test_seven_billion_parameters_train_beside_their_packed_weights(sizes):
     assert device_peak([stream, train]) < 12e9 < sizes.dense
 
 
+def test_a_gram_is_counted_where_a_step_reads_it(sizes):
+    part = "the gram of a linear's inputs, damped and factored"
+    (swept,) = phases(sizes, recipe=parse_recipe("gptq(bits=2)"))
+    assert swept.device[part] == 3 * 4 * 11008**2
+    assert part not in phases(sizes)[0].device
+
+
 def test_a_window_at_a_time_takes_an_eighth_of_the_activations(sizes):
     whole, single = (phases(sizes, one_window=one)[1].device for one in (False, True))
     assert whole["activations"] == 8 * single["activations"]
