@@ -83,7 +83,7 @@ def name_format(leaf: CompressedLinear) -> str:
         said = []
         for field in dataclasses.fields(operator):
             value = getattr(operator, field.name)
-            if field.metadata.get("static") and field.name not in ("d_in", "d_out"):
+            if field.metadata.get("static") and field.name not in ("d_in", "d_out") and value != "":
                 said.append(f"{field.name}={value}")
             elif type(value) in _NAMES:  # an operator around another
                 said.append(name(value))

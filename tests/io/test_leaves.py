@@ -139,6 +139,8 @@ def test_an_unknown_format_and_a_missing_array_are_refused_by_name():
         ("integer zeros", f"affine(bits=3, group_size={GROUP}) + low_rank(rank=4)"),
         ("two corrections", "dense + low_rank(rank=4) + low_rank(rank=2)"),
         ("input transform", f"affine(bits=3, group_size={GROUP}) + input channel_scale"),
+        ("base masked", "masked(affine(bits=3, group_size=16), pattern=2:4)"),
+        ("base masked, dense", "masked(dense)"),
     ],
 )
 def test_a_weight_is_named_in_words(name, said):
