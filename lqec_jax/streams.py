@@ -13,10 +13,8 @@ import jax
 import numpy as np
 
 from lqec_jax.core.types import ModelFns, Params
+from lqec_jax.core.walking import compile_block, compile_embed, cut_rows
 from lqec_jax.io.run import Run
-
-# Windows that walk through a block together, in tokens.
-STREAM_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Streams:
 
     def open(self, outer: Params, names: Sequence[str]) -> None:
         """Fills the first slots with embeddings."""
-        embed = _embed(self.fns)
+        embed = compile_embed(self.fns)
         for name in names:
             out, windows = self.slot(name, 0), self.walked[name]
             for rows in self.rows(len(windows)):
@@ -45,7 +43,7 @@ class Streams:
 
     def advance(self, name: str, layer: int, block: Params) -> None:
         """Walks all windows through one block, from one slot of a stream into the other."""
-        apply, out = _apply_block(self.fns), self.slot(name, layer + 1)
+        apply, out = compile_block(self.fns), self.slot(name, layer + 1)
         h = self.slot(name, layer)
         for rows in self.rows(len(h)):
             out[rows] = apply(block, np.asarray(h[rows]))
@@ -58,9 +56,7 @@ class Streams:
 
     def rows(self, count: int) -> list[slice]:
         """Cuts so many windows into runs that walk together."""
-        length = next(iter(self.walked.values())).shape[1]
-        size = max(1, STREAM_TOKENS // length)
-        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+        return cut_rows(count, next(iter(self.walked.values())).shape[1])
 
     def batches(self, h: np.ndarray) -> Iterator[np.ndarray]:
         return (np.asarray(h[rows]) for rows in self.rows(len(h)))
@@ -69,16 +65,6 @@ class Streams:
         """Yields what one linear of the student reads in its first `count` windows."""
         read = _inputs(self.fns, path)
         return (read(block, rows) for rows in self.batches(self.slot("student", layer)[:count]))
-
-
-@lru_cache(maxsize=8)
-def _embed(fns: ModelFns) -> Callable:
-    return jax.jit(fns.embed)
-
-
-@lru_cache(maxsize=8)
-def _apply_block(fns: ModelFns) -> Callable:
-    return jax.jit(lambda block, h: fns.block(block, h)[0])
 
 
 @lru_cache(maxsize=64)

@@ -140,7 +140,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_anything_else_is_refused_in_one_line(text):
-    refusal(text)
+    assert refusal(text).partition(": ")[0] in {"recipe", *METHODS}
 
 
 def test_nothing_is_evaluated(tmp_path, monkeypatch):

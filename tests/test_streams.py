@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_jax import streams as module
+from lqec_jax.core import walking
 from lqec_jax.io.run import Run
 from lqec_jax.streams import Streams
 from tests.train.tiny import draw_plain, plain_fns
@@ -15,7 +15,7 @@ WINDOWS = np.random.RandomState(0).randint(0, 64, (5, 8)).astype(np.int32)
 
 @pytest.fixture
 def streams(monkeypatch):
-    monkeypatch.setattr(module, "STREAM_TOKENS", 16)  # two windows together, and one left over
+    monkeypatch.setattr(walking, "STREAM_TOKENS", 16)  # two windows together, and one left over
     run = Run.begin(None, {}, resume=False, overwrite=False)
     walked = {"teacher": WINDOWS, "student": WINDOWS[3:]}
     yield Streams(run, plain_fns(), walked, 32, np.float32)

@@ -16,10 +16,8 @@ import numpy as np
 
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.core.types import ModelFns, Params
+from lqec_jax.core.walking import compile_block, compile_embed, cut_rows
 from lqec_jax.train.losses import next_token_nll
-
-# Windows that walk through a block together, in tokens.
-TOKENS = 4096
 
 
 def diagonal_fisher(
@@ -52,14 +50,13 @@ def diagonal_fisher(
 
     h = [hold(f"input-{layer}") for layer in range(layers)]
     slope = hold("slope")
-    size = max(1, TOKENS // windows.shape[1])
-    rows = [slice(at, at + size) for at in range(0, len(windows), size)]
+    rows = cut_rows(*windows.shape)
     for some in rows:
-        h[0][some] = _embed(fns)(outer, windows[some])
+        h[0][some] = compile_embed(fns)(outer, windows[some])
     for layer in range(layers):
         block, out = load_block(layer), h[layer + 1] if layer + 1 < layers else slope
         for some in rows:
-            out[some] = _forward(fns)(block, np.asarray(h[layer][some]))
+            out[some] = compile_block(fns)(block, np.asarray(h[layer][some]))
     for some in rows:
         slope[some] = _head_slope(fns)(outer, np.asarray(slope[some]), windows[some])
     for layer in reversed(range(layers)):
@@ -71,16 +68,6 @@ def diagonal_fisher(
         yield layer, {path: np.asarray(total) / len(windows) for path, total in sums.items()}
     for path in files:
         path.unlink()
-
-
-@lru_cache(maxsize=8)
-def _embed(fns: ModelFns) -> Callable:
-    return jax.jit(fns.embed)
-
-
-@lru_cache(maxsize=8)
-def _forward(fns: ModelFns) -> Callable:
-    return jax.jit(lambda block, h: fns.block(block, h)[0])
 
 
 @lru_cache(maxsize=8)

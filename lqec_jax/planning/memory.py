@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from lqec_jax.core.types import Step
+from lqec_jax.core.walking import STREAM_TOKENS
 from lqec_jax.driver import REMAT_BYTES
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.recipe import Recipe
-from lqec_jax.streams import STREAM_TOKENS
 from lqec_jax.train.losses import VOCAB_CHUNK
 from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear, Dense

@@ -26,13 +26,11 @@ import optax
 from lqec_jax.core.bases import replace_base
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.core.types import BlockProblem, BlockSolution, ModelFns, Params
+from lqec_jax.core.walking import cut_rows
 from lqec_jax.errors import InputError
 from lqec_jax.train.fit import Fitted, NoSession, Objective, Schedule, fit
 from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear, Dense
-
-# Windows that walk through the teacher's block together, in tokens.
-TOKENS = 4096
 
 
 def fit_block(
@@ -185,9 +183,7 @@ def _find_answers(problem: BlockProblem, *, aug: bool) -> tuple[Any, np.ndarray,
     else:
         answers = np.memmap(problem.scratch, dtype, "w+", shape=shape)
     spread, added = np.empty(shape[0], np.float32), np.empty(shape[0], np.float32)
-    size = max(1, TOKENS // shape[1])
-    for first in range(0, shape[0], size):
-        rows = slice(first, first + size)
+    for rows in cut_rows(*shape[:2]):
         streams = np.asarray(problem.teacher[rows]), np.asarray(problem.student[rows])
         found = _answer(problem.fns, aug)(problem.dense, *streams)
         answers[rows], spread[rows], added[rows] = found

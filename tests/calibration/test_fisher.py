@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lqec_jax.calibration import fisher
+from lqec_jax.core import walking
 from lqec_jax.core.tree import get_at, unstack_blocks
 from lqec_jax.models.decoder import model_fns
 from tests.train.tiny import draw_decoder, make_config
@@ -41,7 +42,8 @@ def square_whole_gradients(fns, params):
 
 def test_it_is_the_mean_square_of_the_whole_model_s_gradient(model, tmp_path, monkeypatch):
     fns, params = model
-    monkeypatch.setattr(fisher, "TOKENS", 24)  # two windows together, and one that is left over
+    # Two windows together, and one that is left over.
+    monkeypatch.setattr(walking, "STREAM_TOKENS", 24)
     blocks = unstack_blocks(params["blocks"])
     found = fisher.diagonal_fisher(fns, params, lambda layer: blocks[layer], 2, WINDOWS, tmp_path)
     found = dict(found)
