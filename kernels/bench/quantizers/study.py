@@ -4,10 +4,12 @@
     python kernels/bench/quantizers/study.py --shared ../shared --table
 
 The first goes on where it was stopped, row by row, and copies its rows to results-MODEL.json; the
-second writes results.md from them. Groups of 32, 320 calibration windows of 256 tokens of
-tinystories_calib of which RILQ keeps 64 for validation; scored on the first 128 windows of
-tinystories_dev, which no step reads. `reference` is what the authors' own code reaches on the same
-tokens.
+second writes results.md from them.
+
+Groups of 32, 320 calibration windows of 256 tokens of tinystories_calib of which RILQ keeps 64 for
+validation; scored on the first 128 windows of tinystories_dev, which no step reads. `reference` is
+what the authors' own code reaches on the same tokens; s are wall seconds of one run on a machine
+that did other work too. Rows that are not here were not run.
 """
 
 import argparse
@@ -85,6 +87,7 @@ def measure(shared: Path, model: str, work: Path) -> None:
             {key: value for key, value in row.items() if key not in drop} for row in results["rows"]
         ]
         results["model"] = model
+        results["environment"].pop("platform", None)
         results["settings"] = {"seqlen": SEQLEN, "windows": WINDOWS, "scored": SCORED}
         kept.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(results["rows"][-1]), flush=True)
@@ -93,7 +96,7 @@ def measure(shared: Path, model: str, work: Path) -> None:
 def write_table(shared: Path) -> None:
     """Writes results.md from the rows that are there."""
     references = json.loads((shared / "data" / "reference_results.json").read_text())["rows"]
-    lines = [" ".join(__doc__.split("\n\n")[2].split()), ""]
+    lines = [" ".join(__doc__.split("\n\n")[3].split()), ""]
     for model in MODELS:
         path = HERE / f"results-{model}.json"
         if path.exists():
