@@ -19,10 +19,9 @@ import optax
 from lqec_jax.core.arguments import check_int, check_number
 from lqec_jax.core.types import ModelProblem, ModelSolution, Params, Step
 from lqec_jax.errors import InputError
-from lqec_jax.train.fit import Objective, Schedule, fit
+from lqec_jax.train.adapters import check_parts, make_schedule
+from lqec_jax.train.fit import Objective, fit
 from lqec_jax.train.losses import next_token_nll
-from lqec_jax.train.sharding import DATA
-from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "our choice"
@@ -54,7 +53,7 @@ def train_scales(problem: ModelProblem, settings: dict[str, Any]) -> ModelSoluti
         problem.params,
         objective,
         make_optimizer(settings),
-        _make_schedule(problem, settings),
+        make_schedule(problem, {**settings, "patience": 0}),
         problem.key,
         mesh=problem.mesh,
         session=problem.session,
@@ -75,16 +74,6 @@ def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_adam(), optax.stateless(times_value), optax.scale_by_learning_rate(lr)
     )
-
-
-def _make_schedule(problem: ModelProblem, settings: dict[str, Any]) -> Schedule:
-    sharers = problem.mesh.shape[DATA] if problem.mesh else 1
-    accumulate = settings["accumulate"]
-    if accumulate is None:
-        accumulate = count_parts(settings["batch"], problem.train.shape[1], sharers)
-    names = ("updates", "batch", "eval_every")
-    chosen = {name: settings[name] for name in names}
-    return Schedule(**chosen, accumulate=accumulate, patience=None)
 
 
 def _store(before: jax.Array, after: jax.Array) -> jax.Array:
@@ -129,13 +118,7 @@ def e2e_qp(
     for name in ("updates", "batch", "eval_every"):
         check_int("e2e_qp", name, settings[name], 1)
     check_number("e2e_qp", "lr", lr, 0.0)
-    if accumulate is not None:
-        check_int("e2e_qp", "accumulate", accumulate, 1)
-        if batch % accumulate:
-            raise InputError(
-                f"e2e_qp: batch={batch} does not divide into accumulate={accumulate} equal parts; "
-                "choose a divisor"
-            )
+    check_parts("e2e_qp", batch, accumulate)
     return Step(
         name="e2e_qp",
         scope="model",

@@ -46,9 +46,9 @@ STARTS = {
     "ternary": "ternary(group_size=32)",
     "onebit": "onebit()",
 }
-# Half of RILQ's default number of updates at 2 bits, a quarter where less is to be repaired.
-RILQ = {2: "rilq(rank=16, updates=200)", 3: "rilq(rank=16, updates=100)",
-        4: "rilq(rank=16, updates=100)"}  # fmt: skip
+# Fewer of RILQ's updates than its default of 400, fewest where less is to be repaired.
+RILQ = {2: "rilq(rank=16, updates=150)", 3: "rilq(rank=16, updates=50)",
+        4: "rilq(rank=16, updates=50)"}  # fmt: skip
 # Row of ours -> method and bits of the reference's.
 REFERENCE = {"rtn": "RTN W{b}", "gptq": "GPTQ W{b}", "omniquant": "OmniQuant LWC W{b}",
              "block_ap": "EfficientQAT Block-AP W{b}"}  # fmt: skip

@@ -19,10 +19,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lqec_jax as lqec
-from lqec_jax.compensation.rilq import make_objective, make_optimizer, map_linears
+from lqec_jax.compensation.rilq import make_objective
 from lqec_jax.core.types import ModelProblem
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.decoder import model_fns
+from lqec_jax.train.adapters import make_optimizer, map_linears
 from lqec_jax.train.sharding import make_mesh
 from lqec_jax.train.update import count_parts, init_state, make_update
 from lqec_kernels import CompressedLinear, LowRank
