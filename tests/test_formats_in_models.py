@@ -23,6 +23,8 @@ RECIPES = {
     "codebook of each column, outliers": "squeezellm(bits=2, weights='ones', outliers=0.01)",
     "scales of scales": "nf(bits=4, group_size=16, double=True)",
     "pairs, both sides rotated": "hadamard(output=True) | higgs(bits=3)",
+    "rounded adapters": "rtn(bits=2, group_size=16) | svd(rank=4) | quantize_adapter()",
+    "real zeros, pooled adapters": "hqq(bits=2, group_size=16)",
     "mask over dense": "magnitude(sparsity=0.5)",
     "two of four over affine": "magnitude(sparsity='2:4') | rtn(bits=4, group_size=16)",
 }
@@ -63,7 +65,7 @@ def rewrite(model, change):
     return {**model.params, "blocks": tuple(blocks)}
 
 
-def compress_stack(recipe):
+def compress_stack(recipe, pool=1):
     steps = parse_recipe(recipe).steps
 
     @jax.jit
@@ -73,7 +75,8 @@ def compress_stack(recipe):
         leaf = CompressedLinear(Dense(problem.w))
         for step in steps:
             leaf, _ = run_linear(step, problem, leaf)
-        rank = LowRank(0.1 * jnp.ones((leaf.d_in, 2)), 0.1 * jnp.ones((2, leaf.d_out)))
+        a = 0.1 * pool * jnp.ones((leaf.d_in // pool, 2))
+        rank = LowRank(a, 0.1 * jnp.ones((2, leaf.d_out)), pool)
         return CompressedLinear(
             leaf.base, (rank, *leaf.corrections), leaf.input_transform, leaf.output_transform
         )
@@ -83,7 +86,8 @@ def compress_stack(recipe):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_logits_and_adapter_gradients_are_those_of_the_dense_twin(model, run, name):
-    params = rewrite(model, compress_stack(RECIPES[name]))
+    pool = 16 if "pooled" in name else 1
+    params = rewrite(model, compress_stack(RECIPES[name], pool))
 
     def as_dense(leaf: CompressedLinear) -> CompressedLinear:
         base = leaf.dense() - leaf.corrections[0].dense()

@@ -4,10 +4,12 @@
 without ever holding a dense weight, `api` chooses an implementation.
 """
 
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.api import packed_matmul
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
+from lqec_kernels.inputs import InputGrid
 from lqec_kernels.outliers import Outliers
 from lqec_kernels.packing import pack, unpack
 from lqec_kernels.sums import Sum
@@ -22,8 +24,10 @@ __all__ = [
     "Dense",
     "DoubleScales",
     "Hadamard",
+    "InputGrid",
     "LowRank",
     "Outliers",
+    "QuantizedLowRank",
     "Sum",
     "pack",
     "packed_matmul",

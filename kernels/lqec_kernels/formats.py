@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lqec_kernels.fields import static, stored_bits
+from lqec_kernels.inputs import InputGrid
 from lqec_kernels.packing import RUN, pack, unpack
 from lqec_kernels.transforms import ChannelScale as ChannelScale
 from lqec_kernels.transforms import Hadamard as Hadamard
@@ -166,26 +167,51 @@ class Affine:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """A correction of rank r: x ↦ (x a) b, with a [d_in, r], b [r, d_out].
+    """A correction of rank r: x ↦ (x̄ a) b, with x̄ the means of every `pool` inputs in a row.
 
-    Elsewhere: PEFT's lora_A = aᵀ, lora_B = bᵀ with lora_alpha = r, so that its factor is 1.
+    The matrix of it, a b / pool with each row said `pool` times, is constant over those inputs, as
+    a group's zero is; pool = 1 is the usual adapter, x̄ = x.
+
+    Elsewhere: PEFT's lora_A = aᵀ, lora_B = bᵀ with lora_alpha = r, so that its factor is 1; pooled,
+    QA-LoRA's, whose code takes means as here and whose paper takes sums (arXiv:2309.14717).
+
+    Attributes:
+      a: floating [..., d_in/pool, r].
+      b: floating [..., r, d_out].
+      pool: divides d_in.
     """
 
     a: jax.Array
     b: jax.Array
+    pool: int = static(default=1)
 
     @property
     def rank(self) -> int:
         return self.a.shape[-1]
 
     def apply(self, x: jax.Array) -> jax.Array:
+        if self.pool > 1:
+            *lead, d_in = x.shape
+            x = jnp.mean(x.reshape(*lead, d_in // self.pool, self.pool), axis=-1)  # [..., groups]
         return (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
 
-    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+    def rows(self) -> jax.Array:
+        """Returns every row of the matrix once, float32 [..., d_in/pool, d_out]."""
         product = jnp.matmul(
             self.a.astype(jnp.float32), self.b.astype(jnp.float32), precision="highest"
         )
-        return product.astype(dtype)
+        return product / self.pool if self.pool > 1 else product
+
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+        rows = self.rows().astype(dtype)
+        return jnp.repeat(rows, self.pool, axis=-2) if self.pool > 1 else rows
+
+    def expanded(self) -> "LowRank":
+        """Returns the same correction as one that reads every input by itself, a float32."""
+        if self.pool == 1:
+            return self
+        a = jnp.repeat(self.a.astype(jnp.float32) / self.pool, self.pool, axis=-2)
+        return LowRank(a, self.b)
 
     def stored_bits(self) -> int:
         return stored_bits(self.a, self.b)
@@ -197,13 +223,15 @@ class CompressedLinear:
     """A compressed weight: x ↦ T_out(T_in(x) base) + Σ correction(x).
 
     Transforms are linear maps of the last axis, x ↦ x M, with `apply` and `apply_transpose`
-    (x ↦ x Mᵀ); None is the identity. Corrections see the untransformed input.
+    (x ↦ x Mᵀ); None is the identity. Corrections see the untransformed input. An input grid rounds
+    x before all of them; it is no linear map and no part of `dense()`.
     """
 
     base: Base
     corrections: tuple = ()
     input_transform: Any = None
     output_transform: Any = None
+    input_grid: InputGrid | None = static(default=None)
 
     @property
     def d_in(self) -> int:
@@ -219,7 +247,7 @@ class CompressedLinear:
         return jax.tree.leaves(self.base)[0].shape[:-2]
 
     def dense(self) -> jax.Array:
-        """Returns the whole operator as one float32 [..., d_in, d_out] matrix."""
+        """Returns the operator as one float32 [..., d_in, d_out] matrix, inputs taken as exact."""
         w = self.base.dense()
         if self.input_transform is not None:
             w = self.input_transform.apply_transpose(w.mT).mT  # M_in w

@@ -11,8 +11,9 @@ MODEL_AXIS = "model"
 def linear(x: jax.Array, leaf: jax.Array | CompressedLinear) -> jax.Array:
     """Applies a dense or compressed weight: everything the leaf says.
 
-        y = T_out( base( T_in(x) ) ) + Σ correction(x)
+        y = T_out( base( T_in(x) ) ) + Σ correction(x),
 
+    x rounded first where the leaf has an input grid.
     Compressed weights stay packed, forward and backward; see `lqec_kernels.reference`.
 
     Args:
@@ -25,6 +26,8 @@ def linear(x: jax.Array, leaf: jax.Array | CompressedLinear) -> jax.Array:
     """
     if not isinstance(leaf, CompressedLinear):
         return x @ leaf.astype(x.dtype)
+    if leaf.input_grid is not None:
+        x = leaf.input_grid.apply(x)
     if leaf.input_transform is None and leaf.output_transform is None:
         return packed_matmul(x, leaf.base, corrections=leaf.corrections, shards=model_shards())
     inner = x if leaf.input_transform is None else leaf.input_transform.apply(x)

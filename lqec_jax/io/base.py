@@ -22,6 +22,21 @@ def drop_corrections(params: Params) -> Params:
     return jax.tree.map(drop, params, is_leaf=is_compressed)
 
 
+def drop_input_grids(params: Params) -> Params:
+    """Returns the tree with every compressed weight reading its inputs as they come."""
+
+    def drop(node: Any) -> Any:
+        return replace(node, input_grid=None) if is_compressed(node) else node
+
+    return jax.tree.map(drop, params, is_leaf=is_compressed)
+
+
+def has_input_grids(params: Params) -> bool:
+    """Says whether some weight rounds what it reads."""
+    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
+    return any(is_compressed(leaf) and leaf.input_grid is not None for leaf in leaves)
+
+
 def each_block(params: Params) -> Iterator[Params]:
     """Yields the blocks of a model in order, each as views of its stack on the host."""
     for segment in params["blocks"]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.io.artifact import is_artifact
-from lqec_jax.io.base import drop_corrections, hash_base
+from lqec_jax.io.base import drop_corrections, drop_input_grids, has_input_grids, hash_base
 from lqec_jax.io.files import staged_folder, write_json
 from lqec_jax.io.hf import read_json
 from lqec_jax.io.tensor_file import read_chunks
@@ -37,6 +37,10 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+EXACT_INPUTS = (
+    "inputs of linears are quantized in the model and exact in this export, which cannot say that; "
+    "its reader's own input quantization may take their place"
+)
 RECORD = "lqec_export.json"
 RECORD_VERSION = 1
 
@@ -87,8 +91,12 @@ def export_model(model: Model, out: str | Path, format: str, **given: Any) -> Ex
         model = replace(model, params=drop_corrections(model.params))
     if os.path.lexists(out):
         raise InputError(f"{out} exists; an export replaces nothing, choose another name")
+    exact = has_input_grids(model.params) and (format != "flax" or options.dense)
+    if exact:
+        model = replace(model, params=drop_input_grids(model.params))
     with staged_folder(out) as folder:
         notes = tuple(import_module(FORMATS[format]).write(model, folder, options))
+        notes += (EXACT_INPUTS,) * exact
         files = sorted(path for path in folder.iterdir())
         write_json(folder / RECORD, _describe(model, format, options, notes, files))
         size = sum(path.stat().st_size for path in files)
@@ -162,6 +170,7 @@ def _describe(
         "base_sha256": hash_base(model.params),
         "dtype": "auto" if options.dtype is None else options.dtype.name,
         "base_only": options.base_only,
+        "exact_inputs": EXACT_INPUTS in notes,
         "base": None if options.base is None else str(options.base.absolute()),
         "notes": list(notes),
         "files": {path.name: hash_file(path) for path in files},

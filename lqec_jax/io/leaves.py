@@ -15,13 +15,24 @@ import numpy as np
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_kernels import bitplanes, codebook, formats, outliers, sparse, sums, transforms
+from lqec_kernels import (
+    adapters,
+    bitplanes,
+    codebook,
+    formats,
+    outliers,
+    sparse,
+    sums,
+    transforms,
+)
 from lqec_kernels.formats import CompressedLinear
+from lqec_kernels.inputs import InputGrid
 
 FORMATS: dict[str, type] = {
     "dense": formats.Dense,
     "affine": formats.Affine,
     "low_rank": formats.LowRank,
+    "quantized_low_rank": adapters.QuantizedLowRank,
     "channel_scale": transforms.ChannelScale,
     "hadamard": transforms.Hadamard,
     "codebook": codebook.Codebook,
@@ -83,8 +94,9 @@ def name_format(leaf: CompressedLinear) -> str:
         said = []
         for field in dataclasses.fields(operator):
             value = getattr(operator, field.name)
-            if field.metadata.get("static") and field.name not in ("d_in", "d_out") and value != "":
-                said.append(f"{field.name}={value}")
+            if field.metadata.get("static"):
+                if field.name not in ("d_in", "d_out") and value not in ("", field.default):
+                    said.append(f"{field.name}={value}")
             elif type(value) in _NAMES:  # an operator around another
                 said.append(name(value))
         if hasattr(operator, "rank"):
@@ -94,19 +106,26 @@ def name_format(leaf: CompressedLinear) -> str:
 
     words = [name(operator) for operator in (leaf.base, *leaf.corrections)]
     sides = (("input", leaf.input_transform), ("output", leaf.output_transform))
-    return " + ".join(words + [f"{side} {name(t)}" for side, t in sides if t is not None])
+    words += [f"{side} {name(t)}" for side, t in sides if t is not None]
+    grid = leaf.input_grid
+    if grid is not None:
+        words.append(f"inputs {grid.kind}(bits={grid.bits}, per={grid.per})")
+    return " + ".join(words)
 
 
 def _describe_linear(leaf: CompressedLinear, path: str, arrays: dict) -> dict:
     def describe(operator: Any, place: str) -> dict | None:
         return None if operator is None else _describe(operator, f"{path}/{place}", arrays)
 
-    return {
+    description = {
         "base": describe(leaf.base, "base"),
         "corrections": [describe(c, f"corrections/{i}") for i, c in enumerate(leaf.corrections)],
         "input_transform": describe(leaf.input_transform, "input_transform"),
         "output_transform": describe(leaf.output_transform, "output_transform"),
     }
+    if leaf.input_grid is None:
+        return description
+    return {**description, "input_grid": dataclasses.asdict(leaf.input_grid)}
 
 
 def _describe(operator: Any, path: str, arrays: dict) -> dict:
@@ -135,6 +154,7 @@ def _build_linear(path: str, description: dict, arrays: Mapping) -> tuple[Compre
         corrections=tuple(build(part, f"corrections/{i}") for i, part in corrections),
         input_transform=build(description["input_transform"], "input_transform"),
         output_transform=build(description["output_transform"], "output_transform"),
+        input_grid=InputGrid(**description["input_grid"]) if "input_grid" in description else None,
     )
     return leaf, names
 
@@ -150,7 +170,7 @@ def _build(description: dict, path: str, arrays: Mapping, names: set[str]) -> An
     for field in dataclasses.fields(cls):
         name = _dotted(f"{path}/{field.name}")
         if field.metadata.get("static"):
-            values[field.name] = description[field.name]
+            values[field.name] = _read_static(description, field)
         elif field.name in description:
             place = f"{path}/{field.name}"
             values[field.name] = _build(description[field.name], place, arrays, names)
@@ -162,6 +182,13 @@ def _build(description: dict, path: str, arrays: Mapping, names: set[str]) -> An
         else:
             raise InputError(f"{name} is missing from the weights; write the artifact again")
     return cls(**values)
+
+
+def _read_static(description: dict, field: dataclasses.Field) -> Any:
+    """Returns a static field; one with a default may be younger than the file."""
+    if field.default is dataclasses.MISSING:
+        return description[field.name]
+    return description.get(field.name, field.default)
 
 
 def _dotted(path: str) -> str:

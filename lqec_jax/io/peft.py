@@ -1,7 +1,8 @@
 """The adapter export: low-rank corrections as a PEFT LoRA folder over the base without them.
 
 PEFT adds (lora_alpha / r) · B A x with A [r, d_in], B [d_out, r]; ours is x a b, so A = aᵀ, B = bᵀ
-and alpha = r. The base is what `export` writes with base_only; transforms are part of it.
+and alpha = r; a pooled adapter is written as one that reads every input, which PEFT knows only. The
+base is what `export` writes with base_only; transforms are part of it.
 """
 
 import re
@@ -18,6 +19,7 @@ from lqec_jax.io.export import ExportOptions, read_record
 from lqec_jax.io.files import write_json, write_tensors
 from lqec_jax.io.hf_export import Placed, cast, walk
 from lqec_jax.models.model import Model
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import LowRank
 
 CONFIG = "adapter_config.json"
@@ -105,15 +107,26 @@ def _targets(ranks: Mapping[str, int], modules: Sequence[str]) -> list[str]:
 
 def _factors(placed: Placed) -> tuple[np.ndarray, np.ndarray]:
     """Returns a [d_in, r] and b [r, d_out]; several corrections are one of their ranks' sum."""
-    strange = [c for c in placed.value.corrections if type(c) is not LowRank]
+    corrections = [
+        c.factors() if isinstance(c, QuantizedLowRank) else c for c in placed.value.corrections
+    ]
+    strange = [c for c in corrections if type(c) is not LowRank]
     if strange:
         raise InputError(
             f"export: {placed.path} has a {type(strange[0]).__name__} correction, which peft "
             "cannot hold; export it as hf, where it is folded in"
         )
-    factors = [(np.asarray(c.a), np.asarray(c.b)) for c in placed.value.corrections]
+    factors = [_expand(c) for c in corrections]
     a = np.concatenate([a for a, _ in factors], axis=1)
     return a, np.concatenate([b for _, b in factors], axis=0)
+
+
+def _expand(correction: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a and b, a with a row an input; in its own dtype where that rounds nothing."""
+    whole = correction.expanded()
+    a, stored = np.asarray(whole.a), np.asarray(correction.a).dtype
+    exact = np.array_equal(a.astype(stored).astype(a.dtype), a)
+    return a.astype(stored) if exact else a, np.asarray(whole.b)
 
 
 def _check_base(model: Model, base: Path) -> list[str]:

@@ -3,6 +3,7 @@
     state.json                    fingerprint, how far the run is, what it measured
     streams/NAME-SLOT.bin         hidden states of all windows before and after the block at work
     phase-P/block-I.safetensors   blocks that are finished
+    phase-P/outer.safetensors     the student's embedding, norm and head, where a step trained them
     phase-P/training/             Orbax's, while a model step runs
 
 A stream is read from one slot and written to the other, so a kill in the middle of a block leaves
@@ -91,6 +92,21 @@ class Run:
         arrays = {name: read_entry(entry) for name, entry in read_header(path).items()}
         tree = unflatten(arrays, read_json(path.with_suffix(".json")))
         return jax.tree.map(jax.numpy.asarray, tree)
+
+    def save_outer(self, phase: int, tree: Params) -> None:
+        """Keeps what is outside the blocks, where a phase trained some of it."""
+        folder = self.folder / f"phase-{phase}"
+        folder.mkdir(exist_ok=True)
+        write_tensors(folder / "outer.safetensors", flatten(tree)[0])
+
+    def load_outer(self, phase: int) -> Params | None:
+        """Returns what the latest phase up to this one kept, or None."""
+        paths = (self.folder / f"phase-{n}" / "outer.safetensors" for n in range(phase, -1, -1))
+        path = next((path for path in paths if path.exists()), None)
+        if path is None:
+            return None
+        arrays = {name: read_entry(entry) for name, entry in read_header(path).items()}
+        return jax.tree.map(jax.numpy.asarray, unflatten(arrays, {}))
 
     def stream(self, name: str, slot: int, shape: tuple[int, ...], dtype: Any) -> np.memmap:
         """Opens one side of a stream, making it if need be."""

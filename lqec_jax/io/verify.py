@@ -19,7 +19,7 @@ import numpy as np
 from lqec_jax.core.tree import get_at, is_compressed, set_at
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import CheckFailed, InputError
-from lqec_jax.io.base import drop_corrections, each_block, hash_base
+from lqec_jax.io.base import drop_corrections, drop_input_grids, each_block, hash_base
 from lqec_jax.io.export import find_files, read_record
 from lqec_jax.io.hf import read_json
 from lqec_jax.io.hf_export import to_dense
@@ -28,6 +28,7 @@ from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
 from lqec_jax.models.parameters import with_constants
+from lqec_kernels.adapters import QuantizedLowRank
 
 # `read(folder, record) -> {name: thunk}`: what a folder holds, as functions that give one float32
 # array each; names and orientation are the checkpoint's, [d_out, d_in], but for `flax` ours.
@@ -103,6 +104,8 @@ def _compare(folder: Path, record: Mapping[str, Any], model: Model) -> tuple[Ver
         raise InputError("it was exported from another model than the one it is compared with")
     if record.get("base_only"):
         model = replace(model, params=drop_corrections(model.params))
+    if record.get("exact_inputs"):
+        model = replace(model, params=drop_input_grids(model.params))
     if record["format"] != "peft":
         _check_config(folder, model.config)
     found = open_weights(folder, record, model)
@@ -164,6 +167,8 @@ def _dense_and_size(want: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _size(correction: Any) -> jax.Array:
+    if isinstance(correction, QuantizedLowRank):
+        correction = correction.factors()
     return jax.tree.map(jnp.abs, correction).dense()
 
 

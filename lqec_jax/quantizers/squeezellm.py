@@ -11,6 +11,8 @@ a line are intervals, so dynamic programming finds the best ones; an outlier's v
 base lacks there, so that both together are the weight (theirs adds a level near zero to it).
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -245,6 +247,4 @@ def _add_outliers(leaf: CompressedLinear, w: jax.Array, places: jax.Array) -> Co
     most = float(jnp.finfo(jnp.float16).max)
     values = jnp.clip(missing, -most, most).astype(jnp.float16)
     correction = Outliers(places, values, *w.shape)
-    return CompressedLinear(
-        leaf.base, (*leaf.corrections, correction), leaf.input_transform, leaf.output_transform
-    )
+    return replace(leaf, corrections=(*leaf.corrections, correction))

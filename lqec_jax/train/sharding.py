@@ -6,6 +6,7 @@ the same axes as the weight they stand for, and only where no run of 32 codes an
 two devices; otherwise that weight is held whole by every device, and said to be.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
-from lqec_kernels.formats import CompressedLinear, LowRank
+from lqec_kernels.adapters import QuantizedLowRank
+from lqec_kernels.formats import Affine, CompressedLinear, LowRank
 
 DATA, MODEL = "data", "model"
 
@@ -110,10 +112,13 @@ def _place_linear(node: Any, axis: int, mesh: Mesh) -> Any:
         return spec(node, axis)
 
     def place_correction(correction: Any) -> Any:
+        if isinstance(correction, QuantizedLowRank):
+            return _place_rounded(correction, axis, along, mesh.shape[MODEL])
         if not isinstance(correction, LowRank):
             return jax.tree.map(along(None), correction)
         a_axis, b_axis = (-2, None) if axis == -2 else (None, -1)
-        return LowRank(spec(correction.a, a_axis), spec(correction.b, b_axis))
+        a, b = spec(correction.a, a_axis), spec(correction.b, b_axis)
+        return dataclasses.replace(correction, a=a, b=b)
 
     one_axis = -1 if axis == -2 else None  # a transform's vector follows the side it acts on
     return CompressedLinear(
@@ -121,4 +126,19 @@ def _place_linear(node: Any, axis: int, mesh: Mesh) -> Any:
         corrections=tuple(place_correction(c) for c in node.corrections),
         input_transform=jax.tree.map(along(one_axis), node.input_transform),
         output_transform=jax.tree.map(along(-1 if axis == -1 else None), node.output_transform),
+        input_grid=node.input_grid,
+    )
+
+
+def _place_rounded(
+    correction: QuantizedLowRank, axis: int, along: Callable, parts: int
+) -> QuantizedLowRank:
+    """Shards the factor on the split side by its rows, where none of its groups straddles."""
+
+    def place(factor: Affine, *, split: bool) -> Affine:
+        split = split and factor.d_in % (parts * factor.unit(-2)) == 0
+        return jax.tree.map(along(-2 if split else None), factor)
+
+    return QuantizedLowRank(
+        place(correction.a, split=axis == -2), place(correction.b, split=axis == -1)
     )

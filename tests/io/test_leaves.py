@@ -7,8 +7,10 @@ import pytest
 
 from lqec_jax.errors import InputError
 from lqec_jax.io.leaves import FORMATS, flatten, name_format, unflatten
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
+from lqec_kernels.inputs import InputGrid
 from lqec_kernels.outliers import Outliers
 from tests.io.readers.test_operators import BASES, TRANSFORMS
 
@@ -49,6 +51,14 @@ LEAVES = {
     "integer zeros": CompressedLinear(affine("int"), (low_rank(4),)),
     "floating zeros": CompressedLinear(affine("float", bits=2)),
     "two corrections": CompressedLinear(dense(), (low_rank(4), low_rank(2, jnp.float32))),
+    "a pooled correction": CompressedLinear(
+        affine("float", bits=2), (LowRank(low_rank(4).a[:2], low_rank(4).b, GROUP),)
+    ),
+    "rounded factors": CompressedLinear(
+        dense(),
+        (QuantizedLowRank.round(low_rank(4).a, low_rank(4).b, bits=4, group_size=GROUP),),
+    ),
+    "rounded inputs": CompressedLinear(affine("none"), input_grid=InputGrid("int", 6, "token")),
     "input transform": CompressedLinear(affine("none"), (), scale(D_IN)),
     "planes of signs": CompressedLinear(
         BitPlanes(jnp.arange(160, dtype=jnp.uint32).reshape(4, 40), jnp.ones((1, 2, 40)), None, 2,
@@ -102,10 +112,19 @@ def test_names_are_dotted_paths_and_fields():
     }
     assert weights["blocks/0/attn/q"] == {
         "base": {"format": "affine", "bits": 3, "group_size": GROUP, "d_in": D_IN},
-        "corrections": [{"format": "low_rank"}],
+        "corrections": [{"format": "low_rank", "pool": 1}],
         "input_transform": {"format": "channel_scale"},
         "output_transform": {"format": "channel_scale"},
     }
+
+
+def test_a_file_older_than_a_field_is_read_with_its_default():
+    arrays, weights = flatten({"q": {"kernel": LEAVES["integer zeros"]}})
+    del weights["q"]["corrections"][0]["pool"]
+    check_same(unflatten(arrays, weights)["q"]["kernel"], LEAVES["integer zeros"])
+    del weights["q"]["base"]["bits"]
+    with pytest.raises(KeyError, match="bits"):
+        unflatten(arrays, weights)
 
 
 def test_every_format_of_the_table_was_tried():
@@ -138,6 +157,7 @@ def test_an_unknown_format_and_a_missing_array_are_refused_by_name():
         ("dense", "dense"),
         ("integer zeros", f"affine(bits=3, group_size={GROUP}) + low_rank(rank=4)"),
         ("two corrections", "dense + low_rank(rank=4) + low_rank(rank=2)"),
+        ("a pooled correction", "affine(bits=2, group_size=32) + low_rank(pool=32, rank=4)"),
         ("input transform", f"affine(bits=3, group_size={GROUP}) + input channel_scale"),
         ("base masked", "masked(affine(bits=3, group_size=16), pattern=2:4)"),
         ("base masked, dense", "masked(dense)"),

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
 from lqec_jax.io.export import export_model
-from lqec_jax.io.peft import CONFIG, WEIGHTS, make_config
+from lqec_jax.io.peft import CONFIG, WEIGHTS, _expand, make_config
+from lqec_kernels.formats import LowRank
 from tests.io.packed_models import make_model
 
 PREFIX = "base_model.model.model.layers"
@@ -54,6 +55,17 @@ def test_the_usual_rank_is_the_default():
     config = make_config({"a.q": 4, "b.q": 2, "c.q": 2}, ["a.q", "b.q", "c.q"], "base")
     assert config["r"] == config["lora_alpha"] == 2 and config["rank_pattern"] == {r"a\.q": 4}
     assert config["base_model_name_or_path"] == "base" and config["target_modules"] == ["q"]
+
+
+@pytest.mark.parametrize(("pool", "dtype"), [(1, np.float16), (16, np.float16), (6, np.float32)])
+def test_pooled_factors_are_written_out_and_none_is_rounded(pool, dtype):
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal(s).astype(np.float16) for s in ((96 // pool, 2), (2, 8)))
+    whole_a, whole_b = _expand(LowRank(a, b, pool))
+    assert (whole_a.dtype, whole_b.dtype) == (dtype, np.float16)
+    wanted = np.repeat(a.astype(np.float32) / np.float32(pool), pool, axis=0)
+    np.testing.assert_array_equal(whole_a, wanted)
+    np.testing.assert_array_equal(whole_b, b)
 
 
 def test_its_base_is_checked_and_named(tmp_path):

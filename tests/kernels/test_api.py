@@ -35,6 +35,31 @@ def test_adds_every_correction(base, implementation):
     assert narrow.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_a_pooled_correction_is_added_beside_one_that_is_not(base, tokens):
+    x, g = draw(tokens, 48), draw(tokens, 7, seed=3)
+    pooled, plain = LowRank(draw(3, 2), draw(2, 7, seed=9), 16), LowRank(draw(48, 1), draw(1, 7))
+
+    @jax.jit
+    def run(x, corrections):
+        def answer(x, corrections):
+            return jnp.sum(g * packed_matmul(x, base, corrections=corrections))
+
+        y = packed_matmul(x, base, corrections=corrections)
+        return y, jax.grad(answer, argnums=(0, 1))(x, corrections)
+
+    y, (dx, (d_pooled, d_plain)) = run(x, (pooled, plain))
+    expanded = np.repeat(pooled.a, 16, axis=0) / 16
+    dense = np.asarray(base.dense()) + expanded @ pooled.b + plain.a @ plain.b
+    np.testing.assert_allclose(y, x @ dense, atol=1e-3)
+    np.testing.assert_allclose(dx, g @ dense.T, atol=1e-3)
+    d_expanded = x.T @ g @ pooled.b.T
+    np.testing.assert_allclose(d_pooled.a, d_expanded.reshape(3, 16, 2).mean(1), atol=1e-3)
+    np.testing.assert_allclose(d_pooled.b, expanded.T @ x.T @ g, atol=1e-3)
+    np.testing.assert_allclose(d_plain.a, x.T @ g @ plain.b.T, atol=1e-3)
+    np.testing.assert_allclose(d_plain.b, plain.a.T @ x.T @ g, atol=1e-3)
+
+
 def test_refuses_an_unknown_implementation(base):
     with pytest.raises(ValueError, match=r"implementation='cuda' is not one of auto, xla"):
         packed_matmul(draw(1, 48), base, implementation="cuda")

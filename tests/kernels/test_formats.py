@@ -154,6 +154,23 @@ def test_low_rank_applies_what_it_stands_for():
     assert correction.apply(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_a_pooled_correction_reads_the_means_of_its_inputs():
+    a, b, x = draw(D_IN // 8, 4), draw(4, D_OUT, seed=1), draw(5, D_IN, seed=2)
+    correction = LowRank(jnp.asarray(a, jnp.float16), jnp.asarray(b), 8)
+    assert (correction.rank, correction.stored_bits()) == (4, 4 * 12 * 16 + 4 * D_OUT * 32)
+    a = a.astype(np.float16).astype(np.float32)
+    wanted = x.reshape(5, -1, 8).mean(axis=-1) @ a @ b
+    np.testing.assert_allclose(correction.apply(x), wanted, atol=1e-5)
+    assert correction.apply(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    for whole in (correction, correction.expanded()):
+        assert whole.dense().shape == (D_IN, D_OUT)
+        np.testing.assert_allclose(whole.dense(), np.repeat(a @ b / 8, 8, axis=0), atol=1e-6)
+    assert correction.expanded().pool == 1
+    stack = jax.tree.map(lambda array: jnp.stack([array, 2 * array]), correction)
+    np.testing.assert_allclose(stack.dense()[1], 4 * correction.dense(), rtol=1e-5)
+    assert LowRank(a, b).expanded().a is a and LowRank(a, b).pool == 1
+
+
 def test_channel_scale_is_its_own_transpose():
     transform = ChannelScale(jnp.arange(1.0, D_IN + 1))
     x = draw(2, D_IN)

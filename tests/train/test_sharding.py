@@ -1,5 +1,6 @@
 """A mesh changes where arrays live and nothing else."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from lqec_jax.train import fit as fitting
 from lqec_jax.train.fit import Schedule, fit
 from lqec_jax.train.sharding import make_mesh, param_shardings
 from lqec_jax.train.update import TrainState, make_update
+from lqec_kernels.adapters import QuantizedLowRank
+from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from tests.train.tiny import adapters, draw_decoder, make_config, make_plain_problem, make_problem
 
 UPDATES, BATCH = 3, 4
@@ -152,6 +155,27 @@ def test_what_would_straddle_two_devices_is_held_whole():
     assert split.spec == PartitionSpec(None, None, "model")
 
 
+def test_pooled_adapters_are_split_where_no_pool_straddles():
+    fns = model_fns(make_config())
+    params = {"blocks": ({"attn": {}},)}
+    for path, pool in (("q", 16), ("o", 16), ("k", 64), ("v", 64)):
+        a, b = np.ones((2, 64 // pool, 4), np.float32), np.ones((2, 4, 64), np.float32)
+        leaf = CompressedLinear(Dense(np.ones((2, 64, 64))), (LowRank(a, b, pool),))
+        params["blocks"][0]["attn"][path] = {"kernel": leaf}
+    fns = dataclasses.replace(fns, row_parallel=frozenset({"attn/o", "attn/v"}))
+    shardings, _ = param_shardings(fns, params, make_mesh(model=2))
+    assert jax.tree.structure(shardings) == jax.tree.structure(params)
+    specs = {
+        path: tuple(s.spec for s in jax.tree.leaves(node["kernel"].corrections))
+        for path, node in shardings["blocks"][0]["attn"].items()
+    }
+    columns = (PartitionSpec(None, None, None), PartitionSpec(None, None, "model"))
+    assert specs["q"] == specs["k"] == columns
+    rows = PartitionSpec(None, "model", None), PartitionSpec(None, None, None)
+    assert specs["o"] == rows
+    assert specs["v"] == (PartitionSpec(None, None, None),) * 2  # one pool of all 64 inputs
+
+
 def test_too_many_devices_are_refused():
     with pytest.raises(InputError, match="data=4 x model=2 needs 8 devices; 4 are here"):
         make_mesh(data=4, model=2)
@@ -171,3 +195,18 @@ def test_fit_on_a_mesh_gives_the_result_of_one_device():
         np.testing.assert_allclose(came.val_loss, wanted.val_loss, atol=1e-5)
     for came, wanted in zip(adapters(spread.params), adapters(alone.params), strict=True):
         np.testing.assert_allclose(came, wanted, atol=1e-5)
+
+
+def test_rounded_adapters_are_split_by_their_groups():
+    fns = model_fns(make_config())
+    rounded = QuantizedLowRank.round(np.ones((2, 64, 4)), np.ones((2, 4, 256)), bits=4,
+                                     group_size=64)  # fmt: skip
+    leaf = CompressedLinear(Dense(np.ones((2, 64, 256))), (rounded,))
+    params = {"blocks": ({"attn": {"q": {"kernel": leaf}, "o": {"kernel": leaf}}},)}
+    shardings, _ = param_shardings(fns, params, make_mesh(model=2))
+    placed = {path: get_at(shardings["blocks"][0], f"attn/{path}/kernel") for path in "qo"}
+    assert jax.tree.structure(placed["q"]) == jax.tree.structure(leaf)
+    column, row = (placed[path].corrections[0] for path in "qo")
+    # d_out=256 is two devices of two groups; d_in=64 is one group, which straddles.
+    assert column.b.codes.spec[-2] == column.b.scales.spec[-2] == "model"
+    assert "model" not in (*column.a.codes.spec, *row.a.codes.spec, *row.b.codes.spec)

@@ -149,8 +149,16 @@ def _outliers(said: Mapping, array: Arrays, place: str) -> np.ndarray:
 
 
 def _low_rank(said: Mapping, array: Arrays, place: str) -> np.ndarray:
+    """w[i, o] = Σ_k a[i // pool, k] b[k, o] / pool."""
     a, b = (array(f"{place}/{name}").astype(np.float64) for name in "ab")
-    return (a @ b).astype(np.float32)
+    pool = said.get("pool", 1)  # not said where there was none yet
+    return (np.repeat(a, pool, axis=0) @ b / pool).astype(np.float32)
+
+
+def _quantized_low_rank(said: Mapping, array: Arrays, place: str) -> np.ndarray:
+    """a bᵀ, of which each is an affine base."""
+    a, b = (_affine(said[name], array, f"{place}/{name}").astype(np.float64) for name in "ab")
+    return (a @ b.T).astype(np.float32)
 
 
 def _channel_scale(
@@ -183,6 +191,10 @@ BASES: dict[str, Callable] = {
     "masked": _masked,
     "sparse24": _sparse24,
 }
-CORRECTIONS: dict[str, Callable] = {"low_rank": _low_rank, "outliers": _outliers}
+CORRECTIONS: dict[str, Callable] = {
+    "low_rank": _low_rank,
+    "quantized_low_rank": _quantized_low_rank,
+    "outliers": _outliers,
+}
 # (said, array, place, w, transpose) -> M w, or Mᵀ w.
 TRANSFORMS: dict[str, Callable] = {"channel_scale": _channel_scale, "hadamard": _hadamard}

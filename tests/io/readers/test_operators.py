@@ -6,6 +6,7 @@ import pytest
 
 from lqec_jax.io.leaves import FORMATS, flatten
 from lqec_jax.io.readers import operators
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
@@ -58,6 +59,11 @@ BASES |= {
 }
 CORRECTIONS = {
     "low_rank": LowRank(draw(D_IN, 3, dtype=np.float16), draw(3, D_OUT)),
+    "low_rank, pooled": LowRank(draw(D_IN // 8, 3, dtype=np.float16), draw(3, D_OUT), 8),
+    "quantized_low_rank": QuantizedLowRank(
+        Affine(draw_words(8, 3), draw(4, 3, dtype=np.float16), None, 4, 16, D_IN),
+        Affine(draw_words(4, 3), draw(1, 3), None, 4, D_OUT, D_OUT),
+    ),
     "outliers": Outliers(RNG.permutation(D_IN * D_OUT)[:9].astype(np.uint32), draw(9), D_IN, D_OUT),
 }
 TRANSFORMS = {
@@ -101,6 +107,16 @@ def test_a_transform_on_either_side(name):
     make = TRANSFORMS[name]
     assert_read(CompressedLinear(AFFINE, (), make(D_IN), None))
     assert_read(CompressedLinear(AFFINE, (CORRECTIONS["low_rank"],), make(D_IN), make(D_OUT)))
+
+
+def test_a_low_rank_correction_of_a_file_without_pools_is_not_pooled():
+    leaf = CompressedLinear(AFFINE, (CORRECTIONS["low_rank"],))
+    arrays, weights = flatten({"q": {"kernel": leaf}})
+    del weights["q"]["corrections"][0]["pool"]
+    came = operators.read_weight(
+        weights["q"], lambda name: arrays.get(f"q.{name.replace('/', '.')}")
+    )
+    np.testing.assert_array_equal(came, read(leaf))
 
 
 def test_what_is_not_known_is_refused():
