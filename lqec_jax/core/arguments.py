@@ -50,14 +50,14 @@ def check_rank(method: str, rank: Any) -> int | float:
 
 
 def resolve_rank(method: str, rank: int | float, d_in: int, d_out: int) -> int:
-    """Returns the rank for one matrix; a fraction is of min(d_in, d_out), rounded, at least 1.
+    """Returns the rank for one matrix; a fraction is of min(d_in, d_out), cut, at least 1.
 
     Raises:
       InputError: the rank is larger than the matrix allows.
     """
     largest = min(d_in, d_out)
     if isinstance(rank, float):
-        return max(1, round(rank * largest))
+        return max(1, int(rank * largest + 1e-9))  # 0.29 · 100 is 28.999... in binary
     if rank > largest:
         raise InputError(
             f"{method}: rank={rank} is larger than min(d_in={d_in}, d_out={d_out})={largest}; "

@@ -68,6 +68,34 @@ def _mask(base: Base, keep: jax.Array, pattern: str) -> Masked | Sparse24:
     return Masked.from_mask(base, keep, pattern)
 
 
+def find_grid(method: str, leaf: CompressedLinear) -> Affine:
+    """Returns the base whose zeros can take in what is constant over its groups of inputs.
+
+    Raises:
+      InputError: the base is no uniform grid, or a transform stands between it and what corrections
+        read and add to.
+    """
+    for side in ("input", "output"):
+        transform = getattr(leaf, f"{side}_transform")
+        if transform is not None:
+            raise InputError(
+                f"{method}: a {type(transform).__name__} transform stands between the {side}s and "
+                "the base, so no zero of it can stand for a pooled adapter; leave one of them out"
+            )
+    if isinstance(leaf.base, Masked | Sparse24):
+        raise InputError(
+            f"{method}: pooled adapters go into a base's zero points, and in a "
+            f"{type(leaf.base).__name__} base would fill weights that were set to zero; leave "
+            "sparsity or pooling out"
+        )
+    if not isinstance(leaf.base, Affine):
+        raise InputError(
+            f"{method}: a {type(leaf.base).__name__} base has no zero points for pooled adapters; "
+            "put a uniform grid first, such as rtn or gptq"
+        )
+    return leaf.base
+
+
 def scale_inputs(method: str, leaf: CompressedLinear, scale: jax.Array) -> CompressedLinear:
     """Multiplies what the base reads by scale [d_in]; the base stays, so the weight changes.
 

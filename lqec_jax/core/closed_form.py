@@ -43,6 +43,97 @@ def reduce_rank(error: jax.Array, gram: jax.Array, rank: int) -> tuple[jax.Array
     return project(error, find_directions(error, gram, rank)[1])
 
 
+def regress(gram, cross, rank: int, *, outputs=None) -> tuple[jax.Array, jax.Array]:
+    """Returns the factors of the rank-r matrix that predicts an output error best: all the others.
+
+        argmin over M of E[(e - x̂ M) H (e - x̂ M)ᵀ] = W SVD_r(Wᵀ C Z) Yᵀ,
+        R = E[x̂ᵀ x̂],  C = E[x̂ᵀ e],  W Wᵀ = R⁺,  H = Z Zᵀ,  Yᵀ Z = 1
+
+    (reduced-rank regression, Izenman 1975): x̂ is what the weight reads in the compressed model and
+    e what its output lacks, so e = x̂ E and H = 1 is `reduce_rank`, and e = x w - x̂ ŵ makes up for
+    what came before the weight too. The roots are taken in eigenbases, after every input and output
+    is brought to unit variance; what is below √n · ε of the largest eigenvalue, n the order, ε of
+    the dtype, counts as zero, and there M is zero: in units of the inputs, the least of the best.
+
+    Args:
+      gram: R, floating [d_in, d_in], or its diagonal [d_in] where inputs count one by one. float32
+        or wider is what all is computed in. A ridge, if wanted, is to be in it.
+      cross: C = E[x̂ᵀ x] w - R ŵ for e = x w - x̂ ŵ, floating [d_in, d_out].
+      rank: how many components, at most min(d_in, d_out).
+      outputs: H [d_out, d_out], its diagonal [d_out], or None for the identity.
+    Returns:
+      (a [d_in, rank], b [rank, d_out]), the halves of each component of equal norm.
+    Cost: an eigh of order d_in, and one of order d_out where `outputs` is whole, d_in² · d_out
+      multiply-adds, then that of `find_directions` for a diagonal.  jit, vmap: yes.
+    """
+    inputs, whitened, sides = _whiten(gram, cross, outputs)
+    basis = find_directions(whitened, jnp.ones_like(whitened[:, 0]), rank)[1]
+    a = _times(_multiply(whitened, basis).T, inputs.T).T
+    return balance(a, basis.T if sides is None else _times(basis.T, sides.T))
+
+
+def regression_error(energy, gram, cross, rank: int, *, outputs=None) -> jax.Array:
+    """Returns what `regress` leaves, the least of its rank: E[e H eᵀ] - Σ_{i<=r} σ_i(Wᵀ C Z)².
+
+    Args:
+      energy: E[e H eᵀ], scalar.
+      gram, cross, rank, outputs: as in `regress`.
+    """
+    _, whitened, _ = _whiten(gram, cross, outputs)
+    spectrum, _ = find_directions(whitened, jnp.ones_like(whitened[:, 0]), rank)
+    return energy - jnp.sum(jnp.square(spectrum[:rank]))
+
+
+def _whiten(gram, cross, outputs) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns (W, Wᵀ C Z, Y) of `regress`; Y is None without `outputs`."""
+    dtype = jnp.promote_types(cross.dtype, jnp.float32)
+    _, inputs = _split(gram.astype(dtype))
+    whitened = _times(cross.astype(dtype).T, inputs).T
+    if outputs is None:
+        return inputs, whitened, None
+    root, sides = _split(outputs.astype(dtype))
+    return inputs, _times(whitened, root), sides
+
+
+def _split(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (Z, Y), Z Zᵀ = G, Yᵀ Z = 1 where G is not zero, Y = 0 there; vectors for vectors."""
+    if gram.ndim == 1:
+        root = jnp.sqrt(jnp.maximum(gram, 0.0))
+        return root, _invert(root)
+    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0))
+    inverse = _invert(scale)
+    # Channels of unequal size are no reason to take the small ones for noise.
+    unit = inverse[:, None] * (0.5 * (gram + gram.T)) * inverse
+    values, vectors = jnp.linalg.eigh(unit, symmetrize_input=False)
+    noise = len(values) ** 0.5 * jnp.finfo(gram.dtype).eps * values[-1]
+    root = jnp.sqrt(jnp.where(values > noise, values, 0.0))
+    return scale[:, None] * vectors * root, inverse[:, None] * vectors * _invert(root)
+
+
+def _invert(size: jax.Array) -> jax.Array:
+    return jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns x F, for a matrix or its diagonal."""
+    return x * factor if factor.ndim == 1 else _multiply(x, factor)
+
+
+def complete(error: jax.Array, gram: jax.Array, a: jax.Array) -> jax.Array:
+    """Returns the b that goes best with an a: argmin tr((E - a b)ᵀ G (E - a b)) = (aᵀGa)⁺ aᵀGE.
+
+    Args:
+      error, gram: as in `find_directions`.
+      a: floating [d_in, r], of any rank.
+    Returns:
+      b [r, d_out], zero where a says nothing.
+    Cost: d_in² · r multiply-adds for a whole gram, and d_in · r · d_out.  jit: yes.
+    """
+    seen = _weigh(gram, a)  # [d_in, r]
+    _, inverse = _split(_multiply(a.T, seen))
+    return _multiply(inverse, _multiply(inverse.T, _multiply(seen.T, error)))
+
+
 def project(error: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the factors of E V Vᵀ for orthonormal columns V [d_out, r], balanced."""
     return balance(_multiply(error.astype(basis.dtype), basis), basis.T)

@@ -73,6 +73,9 @@ class Step:
       trained: for `block` and `model`, how many numbers the step trains for one weight,
         (CompressedLinear of shapes) -> int; None is all adapters. A block step is shown the dense
         weight, a model step what the recipe makes of it.
+      leave_out: for `model`, paths of linears that the step leaves as they are.
+      scratch_bytes: for `model`, (vocabulary size) -> what it keeps on disk of every calibration
+        token, in bytes; None is nothing.
       objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar; linear only.
       objective_name: the same in words.
     """
@@ -85,6 +88,8 @@ class Step:
     notes: Callable | None = None
     preview: Callable | None = None
     trained: Callable | None = None
+    leave_out: frozenset[str] = frozenset()
+    scratch_bytes: Callable | None = None
     objective: Callable | None = None
     objective_name: str = ""
 
@@ -187,6 +192,8 @@ class ModelProblem:
       key: random key.
       mesh: devices to run on, or None for one.
       session: keeps and restores training state; see `train.fit.Session`.
+      scratch: a file in which the step may keep one array of what it needs of the teacher; None
+        where that may be held in memory.
     """
 
     fns: ModelFns
@@ -197,6 +204,7 @@ class ModelProblem:
     key: jax.Array
     mesh: Any = None
     session: Any = None
+    scratch: Any = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_jax.compensation.svd import svd
+from lqec_jax.compensation.svd import lqer, naive_lora, svd
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import ChannelScale, CompressedLinear, Dense, LowRank
@@ -77,11 +77,21 @@ def test_factors_are_stored_in_half_precision_unless_said():
     assert 0 < lost < 1e-6
 
 
+@pytest.mark.parametrize("make", [lqer, naive_lora])
+def test_another_name_gives_the_same_bytes(make):
+    leaf = CompressedLinear(Dense(jnp.asarray(ROUNDED)))
+    one, other = (run(named(rank=4), leaf).corrections[0] for named in (svd, make))
+    np.testing.assert_array_equal(one.a, other.a)
+    np.testing.assert_array_equal(one.b, other.b)
+    assert make().name == make.__name__ and make().needs == set()
+
+
+@pytest.mark.parametrize("make", [svd, lqer, naive_lora])
 @pytest.mark.parametrize("arguments", [{"rank": 0}, {"rank": 1.5}, {"dtype": "bfloat16"}])
-def test_other_arguments_are_refused(arguments):
+def test_other_arguments_are_refused(make, arguments):
     (name,) = arguments
-    with pytest.raises(InputError, match=f"^svd: {name}="):
-        svd(**arguments)
+    with pytest.raises(InputError, match=f"^{make.__name__}: {name}="):
+        make(**arguments)
 
 
 def test_a_rank_that_does_not_fit_is_refused():

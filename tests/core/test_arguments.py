@@ -74,7 +74,14 @@ def test_ranks_are_integers_or_fractions():
 
 @pytest.mark.parametrize(
     ("rank", "shape", "wanted"),
-    [(5, (8, 5), 5), (1.0, (8, 5), 5), (0.5, (64, 256), 32), (0.001, (64, 64), 1)],
+    [
+        (5, (8, 5), 5),
+        (1.0, (8, 5), 5),
+        (0.5, (64, 256), 32),
+        (0.1, (352, 128), 12),
+        (0.29, (100, 100), 29),
+        (0.001, (64, 64), 1),
+    ],
 )
 def test_a_fraction_is_of_the_smaller_side(rank, shape, wanted):
     assert resolve_rank("rtn", rank, *shape) == wanted

@@ -1,5 +1,7 @@
 """What a base has to be and what it reads, behind a transform."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from lqec_jax.core.bases import (
     base_target,
+    find_grid,
     inner_gram,
     inner_rms,
     kept,
@@ -78,6 +81,24 @@ def test_a_base_is_replaced_alone():
     assert new.corrections == leaf.corrections and new.input_transform is leaf.input_transform
     np.testing.assert_array_equal(base_target(leaf), W.astype(np.float32))
     np.testing.assert_array_equal(base_target(new), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": Dense(jnp.ones((8, 3)))}, "a Dense base has no zero points"),
+        ({"input_transform": ChannelScale(jnp.ones(8))}, "between the inputs and the base"),
+        ({"output_transform": ChannelScale(jnp.ones(3))}, "between the outputs and the base"),
+    ],
+)
+def test_a_grid_whose_zeros_can_take_in_a_correction(changes, said):
+    leaf = CompressedLinear(make_affine(4), (LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)), 4),))
+    assert find_grid("m", leaf) is leaf.base
+    with pytest.raises(InputError, match=f"^m: .*{said}"):
+        find_grid("m", dataclasses.replace(leaf, **changes))
+    for pattern, form in (("", "Masked"), ("2:4", "Sparse24")):
+        with pytest.raises(InputError, match=f"^m: .*in a {form} base would fill"):
+            find_grid("m", mask_base(leaf, PATTERN, pattern))
 
 
 # Zeros

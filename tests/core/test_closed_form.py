@@ -12,6 +12,8 @@ from lqec_jax.core.closed_form import (
     find_directions,
     project,
     reduce_rank,
+    regress,
+    regression_error,
     sketch_directions,
     truncate,
 )
@@ -285,3 +287,133 @@ def test_a_sketch_of_nothing_is_finite():
         error, gram = (np.asarray(part, np.float32) for part in (error, gram))
         for array in sketch(error, gram, RANK, jax.random.key(0), 2):
             assert np.isfinite(array).all()
+
+
+# Regression on other inputs than the weight's, outputs weighed.
+
+predict = jax.jit(regress, static_argnums=2)
+predict_error = jax.jit(regression_error, static_argnums=3)
+
+
+def ask(make, *arguments, outputs=None, dtype=np.float64):
+    with jax.enable_x64(True):
+        arguments = [a if isinstance(a, int) else jnp.asarray(a, dtype) for a in arguments]
+        outputs = None if outputs is None else jnp.asarray(outputs, dtype)
+        out = make(*arguments, outputs=outputs)
+        assert {part.dtype for part in jax.tree.leaves(out)} == {np.dtype(dtype)}
+        return jax.tree.map(partial(np.asarray, dtype=np.float64), out)
+
+
+def pose_regression(d_in: int, d_out: int, tokens: int = 200) -> tuple:
+    """Returns what a weight reads, what its output lacks (not all of it a function of that), H."""
+    error, x, _ = pose(d_in, d_out, tokens)
+    rng = np.random.RandomState(d_out)
+    x_hat = x + rng.standard_normal(x.shape) * np.std(x, 0) / 3
+    outputs = np.cov(rng.standard_normal((d_out, 3 * d_out)))
+    return x_hat, x @ error + rng.standard_normal((tokens, d_out)), outputs
+
+
+def lose(x_hat, lacks, product, outputs) -> float:
+    """Returns E[(e - x̂ M) H (e - x̂ M)ᵀ]."""
+    left = lacks - x_hat @ product
+    return float(np.sum(left * (left @ outputs))) / len(left)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inputs_that_are_the_weights_own_need_no_regression(shape):
+    error, _, gram = pose(*shape)
+    product = np.matmul(*ask(predict, gram, gram @ error, RANK))
+    wanted = np.matmul(*reduce(error, gram))
+    np.testing.assert_allclose(product, wanted, atol=1e-10)
+    diagonal = np.diagonal(gram)
+    product = np.matmul(*ask(predict, diagonal, diagonal[:, None] * error, RANK))
+    np.testing.assert_allclose(product, np.matmul(*reduce(error, diagonal)), atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_diagonals_are_the_error_scaled_on_both_sides(shape):
+    error, _, gram = pose(*shape)
+    rows, columns = np.diagonal(gram), np.exp(draw(shape[1], seed=5)).astype(np.float64)
+    a, b = reduce(error * np.sqrt(columns), rows)
+    came = ask(predict, rows, rows[:, None] * error, RANK, outputs=columns)
+    np.testing.assert_allclose(np.matmul(*came), a @ (b / np.sqrt(columns)), atol=1e-10)
+    whole = ask(predict, np.diag(rows), rows[:, None] * error, RANK, outputs=np.diag(columns))
+    np.testing.assert_allclose(np.matmul(*whole), np.matmul(*came), atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, RANK, 20])
+def test_the_least_loss_is_the_energy_but_what_is_explained(shape, rank):
+    x_hat, lacks, outputs = pose_regression(*shape)
+    gram, cross = x_hat.T @ x_hat / len(x_hat), x_hat.T @ lacks / len(x_hat)
+    for weight, matrix in ((outputs, outputs), (None, np.eye(shape[1]))):
+        a, b = ask(predict, gram, cross, rank, outputs=weight)
+        assert a.shape == (shape[0], rank) and b.shape == (rank, shape[1])
+        whole = lose(x_hat, lacks, 0 * a @ b, matrix)
+        least = ask(predict_error, whole, gram, cross, rank, outputs=weight)
+        assert lose(x_hat, lacks, a @ b, matrix) == pytest.approx(float(least), rel=1e-10)
+        assert least < whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_regression_is_stationary_and_no_step_away_is_better(shape):
+    x_hat, lacks, outputs = pose_regression(*shape)
+    gram, cross = x_hat.T @ x_hat / len(x_hat), x_hat.T @ lacks / len(x_hat)
+    a, b = ask(predict, gram, cross, RANK, outputs=outputs)
+    seen = (cross - gram @ a @ b) @ outputs
+    size = np.abs(cross @ outputs).max()
+    np.testing.assert_allclose(a.T @ seen, 0, atol=1e-10 * size * np.abs(a).max())
+    np.testing.assert_allclose(seen @ b.T, 0, atol=1e-10 * size * np.abs(b).max())
+    least = lose(x_hat, lacks, a @ b, outputs)
+    rng = np.random.RandomState(1)
+    for size in np.repeat([1e-3, 1e-1], 50):
+        other = (part * (1 + size * rng.standard_normal(part.shape)) for part in (a, b))
+        assert lose(x_hat, lacks, np.matmul(*other), outputs) > least
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_regression_on_too_few_tokens_is_the_pseudo_inverse(shape, dtype):
+    """Inputs of unequal size, dead ones, and half of the outputs that count nothing."""
+    x_hat, lacks, outputs = pose_regression(*shape, tokens=12)
+    x_hat *= np.exp(3 * draw(shape[0], seed=9)) * (np.arange(shape[0]) != 3)
+    half = np.arange(shape[1]) % 2
+    outputs = outputs * half * half[:, None]
+    gram, cross = x_hat.T @ x_hat / len(x_hat), x_hat.T @ lacks / len(x_hat)
+    a, b = ask(predict, gram, cross, RANK, outputs=outputs, dtype=dtype)
+    values, vectors = np.linalg.eigh(outputs)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    basis = np.linalg.svd(x_hat, full_matrices=False)[0]
+    basis = basis[:, np.linalg.svd(x_hat, compute_uv=False) > 1e-9]
+    seen = np.linalg.svd(basis.T @ lacks @ root, compute_uv=False)
+    least = (np.sum((lacks @ root) ** 2) - np.sum(seen[:RANK] ** 2)) / len(x_hat)
+    near = 1e-9 if dtype == np.float64 else 1e-3
+    assert lose(x_hat, lacks, a @ b, outputs) == pytest.approx(least, rel=near)
+    np.testing.assert_array_equal((a @ b)[3], 0)
+    np.testing.assert_allclose((a @ b)[:, half == 0], 0, atol=1e-12 if near < 1e-6 else 1e-6)
+
+
+def test_any_regression_has_a_finite_answer():
+    _, _, gram = pose(48, 20)
+    cross, ones = gram[:, :20], np.eye(20)
+    zero = np.zeros_like(gram)
+    for g, c, h in ((zero, cross, ones), (gram, 0 * cross, ones), (gram, cross, 0 * ones),
+                    (gram - np.trace(gram) * np.eye(48), cross, -ones)):  # fmt: skip
+        for factor in ask(predict, g, c, RANK, outputs=h, dtype=np.float32):
+            assert np.isfinite(factor).all()
+    # Powers of two, so that only the exponents differ.
+    single = partial(ask, predict, dtype=np.float32)
+    product = np.matmul(*single(gram, cross, RANK, outputs=ones))
+    for unit in (2.0**-80, 2.0**60):
+        scaled = single(unit * gram, unit * cross, RANK, outputs=unit * ones)
+        np.testing.assert_allclose(np.matmul(*scaled), product, atol=1e-5)
+
+
+def test_regressions_of_one_shape_are_solved_together():
+    _, _, gram = pose(48, 20)
+    grams, crosses = (np.float32([part, 2 * part]) for part in (gram, gram[:, 20:40]))
+    stacked = jax.vmap(partial(regress, rank=RANK))(grams, crosses)
+    for layer in range(2):
+        alone = predict(grams[layer], crosses[layer], RANK)
+        product = np.matmul(*(factor[layer] for factor in map(np.asarray, stacked)))
+        np.testing.assert_allclose(product, np.matmul(*map(np.asarray, alone)), atol=1e-4)
