@@ -12,6 +12,7 @@ _NAMES = {
     "compress": "lqec_jax.api:compress",
     "divergence": "lqec_jax.api:divergence",
     "export": "lqec_jax.api:export",
+    "finetune": "lqec_jax.api:finetune",
     "from_flax": "lqec_jax.io.flax_checkpoint:from_flax",
     "generate": "lqec_jax.evaluate.generate:generate",
     "InputError": "lqec_jax.errors:InputError",

@@ -19,6 +19,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
 from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.report import build_report
+from lqec_jax.finetuning import Rows, prepare_tuning, run_tuning
 from lqec_jax.io.artifact import is_artifact, load_artifact, save_artifact, write_artifact
 from lqec_jax.io.export import Exported, export_model, read_record
 from lqec_jax.io.flax_checkpoint import is_flax_checkpoint, load_flax_checkpoint
@@ -209,6 +210,61 @@ def compress(
         if out is None:
             run.discard()
     return small
+
+
+def finetune(
+    model: Model | str | Path,
+    data: str | Path,
+    *,
+    val: str | Path | None = None,
+    val_ratio: float = 0.1,
+    seqlen: int | None = None,
+    epochs: float | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    mesh: Any = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Model:
+    """Trains a compressed model on examples; the base stays packed.
+
+    Args:
+      model: an artifact's folder, or a compressed Model.
+      data, val: .jsonl of texts, or of prompts and completions, see `calibration.examples`; without
+        `val`, the last `val_ratio` of data's rows are looked at.
+      seqlen: longest row in tokens, 512 unless given, or the model's longest context.
+      epochs: passes over the rows, 3 unless `updates` are given.
+      settings: those of the step: rank, train, lr, batch, updates, ..; see
+        `compensation.finetune.finetune`.
+      mesh, out, resume, overwrite: as for `compress`.
+    Returns:
+      The model; `.report` says what was trained.
+    Raises:
+      InputError: before any training, for whatever of the above cannot be used.
+    Example:
+      >>> tuned = finetune("small", "task.jsonl", epochs=2, out="small-task")
+    """
+    reporter = reporter or Silent()
+    out = None if out is None else Path(out)
+    if out is not None:
+        check_run(out, resume=resume, overwrite=overwrite)
+    model = model if isinstance(model, Model) else load(model, dtype)
+    given = {name: value for name, value in settings.items() if value is not None}
+    rows = Rows(data, val, val_ratio, seqlen)
+    job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
+    mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
+    run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    try:
+        tuned = run_tuning(job, run, mesh, reporter)
+        if out is not None:
+            tuned = _finish(run, tuned)
+    finally:
+        if out is None:
+            run.discard()
+    return tuned
 
 
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:

@@ -25,7 +25,6 @@ from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
-from lqec_jax.io.checkpoints import Checkpoints
 from lqec_jax.io.files import write_tensors
 from lqec_jax.io.run import Run
 from lqec_jax.io.tensor_file import read_entry, read_header
@@ -33,6 +32,7 @@ from lqec_jax.linear_steps import describe
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import Recipe
+from lqec_jax.sessions import StepSession
 from lqec_jax.streams import Streams
 
 # Activations of a training update above which blocks are recomputed in the backward pass, in bytes.
@@ -133,7 +133,9 @@ class Driver:
         compared = phase == 0 or any(step.scope == "block" for step in steps)
         names = ("teacher", "student") if compared else ("student",)
         if done == 0:
-            self.streams.open(self.outer, names)
+            for name in names:
+                own = self.outer if name == "teacher" else self._student_outer(phase - 1)
+                self.streams.open(own, (name,))
         for layer in range(done, layers):
             chained = self._compress_block(phase, layer, steps)
             for name in names:
@@ -201,19 +203,18 @@ class Driver:
         seconds = self.run.state.get("phase_seconds", 0.0)
         layers = self.source.config.layers
         if phase == 0:
-            self._add_stage(
-                phase, "teacher", self._score(self.streams.slot("teacher", layers)), 0.0
-            )
+            teacher = self._score(self.outer, self.streams.slot("teacher", layers))
+            self._add_stage(phase, "teacher", teacher, 0.0)
         if steps:
-            self._add_stage(
-                phase, _name(steps), self._score(self.streams.slot("student", layers)), seconds
-            )
+            outer = self._student_outer(phase - 1)
+            student = self._score(outer, self.streams.slot("student", layers))
+            self._add_stage(phase, _name(steps), student, seconds)
         self.run.commit(phase_seconds=0.0)
 
-    def _score(self, pre_norm) -> Perplexity:
+    def _score(self, outer: Params, pre_norm) -> Perplexity:
         windows = self.text.score
         last = pre_norm[len(pre_norm) - len(windows) :]
-        return score_hidden(self.fns, self.outer, last, windows, self.text.protocol)
+        return score_hidden(self.fns, outer, last, windows, self.text.protocol)
 
     def _add_stage(self, phase: int, name: str, score: Perplexity, seconds: float) -> None:
         self.reporter.say(f"{name}: perplexity {score.ppl:.4f} ({score.protocol})")
@@ -228,7 +229,7 @@ class Driver:
     # ---- model steps
 
     def _run_model_step(self, phase: int, step: Step) -> None:
-        session = _Session(self.run.training(phase), step, self.reporter, time.perf_counter())
+        session = StepSession(self.run.training(phase), step, self.reporter, time.perf_counter())
         teacher = self.streams.slot("teacher", self.source.config.layers)[
             : len(self.text.train) + len(self.text.val)
         ]
@@ -241,6 +242,7 @@ class Driver:
             key=jax.random.fold_in(self.key, 2**20 + phase),
             mesh=self.mesh,
             session=session,
+            scratch=self.run.folder / "scratch.bin",
         )
         solution = step.run(problem)
         session.close()
@@ -255,10 +257,18 @@ class Driver:
     def _student(self, phase: int) -> Params:
         layers = self.source.config.layers
         blocks = [self.run.load_block(phase, layer) for layer in range(layers)]
-        return {**self.outer, "blocks": stack_blocks(blocks)}
+        return {**self._student_outer(phase), "blocks": stack_blocks(blocks)}
+
+    def _student_outer(self, phase: int) -> Params:
+        """Returns the student's embedding, norm and head: the teacher's or its own."""
+        return self.run.load_outer(phase) or self.outer
 
     def _keep(self, phase: int, params: Params) -> None:
         """Writes every block of a trained student, and measures its weights anew."""
+        outer = {name: params[name] for name in self.outer}
+        same = jax.tree.map(jnp.array_equal, outer, self._student_outer(phase - 1))
+        if not all(map(bool, jax.tree.leaves(same))):
+            self.run.save_outer(phase, outer)
         linears = dict(self.run.state.get("linears", {}))
         for layer, block in enumerate(unstack_blocks(jax.device_get(params["blocks"]))):
             self.run.save_block(phase, layer, block)
@@ -269,37 +279,6 @@ class Driver:
                 name = f"blocks/{layer}/{path}"
                 linears[name] = {**linears[name], **describe(name, w, leaf)}
         self.run.commit(linears=linears)
-
-
-class _Session:
-    """A model step's checkpoints and progress; counts the seconds of earlier runs too."""
-
-    def __init__(self, checkpoints: Checkpoints, step: Step, reporter: Reporter, started: float):
-        self._checkpoints, self._step, self._reporter = checkpoints, step, reporter
-        self._started, self._before, self._begun = started, 0.0, False
-
-    def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._started
-
-    def restore(self, like: Any) -> tuple[Any, dict] | None:
-        saved = self._checkpoints.restore(like)
-        if saved is None:
-            return None
-        arrays, facts = saved
-        self._before = facts.pop("seconds")
-        return arrays, facts
-
-    def save(self, update: int, arrays: Any, facts: dict) -> None:
-        self._checkpoints.save(update, arrays, {**facts, "seconds": self.seconds()})
-
-    def progress(self, done: int, total: int, message: str) -> None:
-        if not self._begun:
-            self._reporter.begin(self._step.name, total, done - 1)
-            self._begun = True
-        self._reporter.advance(done, message)
-
-    def close(self) -> None:
-        self._checkpoints.close()
 
 
 def _name(steps: Sequence[Step]) -> str:

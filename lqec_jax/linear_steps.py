@@ -16,7 +16,7 @@ from lqec_jax.core.types import (
     run_linear,
     weight_error,
 )
-from lqec_jax.errors import InputError
+from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.recipe import Recipe
 from lqec_kernels.formats import CompressedLinear, Dense
 
@@ -67,19 +67,25 @@ def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -
     Returns:
       path -> CompressedLinear of `jax.ShapeDtypeStruct`.
     Raises:
-      InputError: a step refuses a shape; the path is named.
+      InputError: a step refuses a shape; the path is named. A step leaves out what is not there.
     """
+    for step in recipe.steps:
+        for path in sorted(step.leave_out - set(fns.linears)):
+            hint = did_you_mean(path, fns.linears)
+            raise InputError(f"{step.name}: leave_out names no linear of a block: {path!r}{hint}")
     leaves = {}
     for path in fns.linears:
         try:
-            leaves[path] = preview_leaf(recipe, *shapes[path])
+            leaves[path] = preview_leaf(recipe, *shapes[path], path)
         except InputError as error:
             raise InputError(f"{error} (at every block's {path})") from error
     return leaves
 
 
-def preview_leaf(recipe: Recipe, d_in: int, d_out: int) -> CompressedLinear:
-    """Returns what a recipe makes of one weight, as shapes.
+def preview_leaf(
+    recipe: Recipe, d_in: int, d_out: int, path: str | None = None
+) -> CompressedLinear:
+    """Returns what a recipe makes of one weight, the block's linear at `path`, as shapes.
 
     Raises:
       InputError: a step refuses the shape.
@@ -91,7 +97,7 @@ def preview_leaf(recipe: Recipe, d_in: int, d_out: int) -> CompressedLinear:
     for step in recipe.steps:
         if step.scope == "linear":
             leaf, _ = jax.eval_shape(partial(run_linear, step), problem, leaf)
-        else:
+        elif path not in step.leave_out:
             leaf = jax.eval_shape(step.preview, leaf)
     return leaf
 

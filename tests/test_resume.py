@@ -29,7 +29,7 @@ from tests.golden.tiny_checkpoint import (
 # The clip search reads the student's stream, so a stream that was not kept would change the codes.
 STREAMED = "rtn(bits=3, group_size=32, clip_search='output')"
 TRAINED = f"{STREAMED} | {RILQ}"
-BLOCKWISE = "omniquant(bits=3, group_size=32, epochs=1, batch=4) | svd(rank=1)"
+BLOCKWISE = "apiq(bits=3, group_size=32, rank=1, epochs=1, batch=4) | svd(rank=1)"
 WEIGHTS = "model.safetensors"
 
 KILLED = """
@@ -54,7 +54,7 @@ IN_BLOCK = "streams.Streams, 'advance', lambda _, name, layer, __: (name, layer)
 BEFORE_COMMIT = "Run, 'commit', lambda _, **changes: changes.get('blocks') == 4"
 # In the second block, whose training has begun.
 IN_BLOCK_STEP = "driver.Driver, '_show_block', lambda _, layer, done, *__: (layer, done) == (1, 2)"
-IN_UPDATE = "driver._Session, 'progress', lambda _, done, *__: done == 30"
+IN_UPDATE = "driver.StepSession, 'progress', lambda _, done, *__: done == 30"
 BEFORE_RENAME = "Run, 'finish', lambda *_: True"
 
 
@@ -130,9 +130,7 @@ def test_a_kill_inside_a_block_step_repeats_that_block(folder, capfd):
     done = {path.name for path in (folder / "cut.partial" / "phase-0").glob("*.safetensors")}
     assert done == {"block-0.safetensors"}
     assert main([*arguments, "--resume"]) == 0
-    assert first_of("omniquant | svd", capfd.readouterr().err.splitlines()) == (
-        "omniquant | svd: 1/5"
-    )
+    assert first_of("apiq | svd", capfd.readouterr().err.splitlines()) == "apiq | svd: 1/5"
     check_equal(folder, "cut", "blockwise")
     fits = lqec.load(folder / "cut").report["fits"]
     assert [fit["layer"] for fit in fits] == [0, 1, 2, 3, 4]

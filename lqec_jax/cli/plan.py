@@ -106,7 +106,19 @@ def _print_int21(facts: Mapping[str, Any]) -> None:
         f"INT2.1's layout of this model ({theirs['bits']} bits, groups of {theirs['group_size']}, "
         f"rank {theirs['rank']}): {_giga(theirs['base_bytes'])} GB, with adapters x "
         f"{theirs['overhead']:.3f} (x {theirs['overhead_without_down']:.3f} without those of the "
-        f"down projections); this recipe's whole artifact: {_giga(facts['file_bytes'])} GB"
+        f"down projections; the paper's name says x {theirs['paper']['overhead']}); this recipe's "
+        f"whole artifact: {_giga(facts['file_bytes'])} GB"
+    )
+    training, paper = theirs["training"], theirs["paper"]
+    print_line(
+        f"INT2.1's fine-tuning of it (adapters of rank {training['rank']} on "
+        f"{' and '.join(training['linears'])}, one window of {training['tokens']} tokens, blocks "
+        f"recomputed), estimated: {_giga(training['packed_bytes'])} GB, "
+        f"{training['saving']:.1f} times less than the {_giga(training['dense16_bytes'])} GB over "
+        f"16-bit weights and {training['saving_from_32']:.1f} times less than the "
+        f"{_giga(training['dense32_bytes'])} GB over 32-bit ones; the paper's figures, of "
+        f"LLaMA-7B: {_giga(paper['packed_bytes'])} GB and {paper['saving']} times, so "
+        f"{_giga(round(paper['packed_bytes'] * paper['saving']))} GB before"
     )
 
 

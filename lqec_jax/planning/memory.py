@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lqec_jax.core.types import Step
 from lqec_jax.core.walking import STREAM_TOKENS
 from lqec_jax.driver import REMAT_BYTES
+from lqec_jax.models.config import ModelConfig
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.recipe import Recipe
 from lqec_jax.train.losses import VOCAB_CHUNK
@@ -90,12 +91,13 @@ def run_bytes(sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool) -> int:
     counts = [_count_trained(sizes, step) for step in recipe.steps if step.scope == "model"]
     trained = 4 * max(counts, default=0)
     answers = _slot(sizes, text.windows, text, on_cpu) if "block" in scopes else 0
+    predictions = text.windows * text.seqlen * max(_scratch(sizes, s) for s in recipe.steps)
     fisher = 0
     if "fisher" in recipe.needs:  # what enters every block, and the result
         inputs = (sizes.config.layers + 1) * _slot(sizes, text.windows, text, on_cpu)
         fisher = inputs + 4 * sizes.weights
     kept = phases * sizes.config.layers * sizes.block + KEPT * trained
-    return teacher + student + answers + fisher + kept
+    return teacher + student + max(answers, predictions) + fisher + kept
 
 
 def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
@@ -140,7 +142,7 @@ def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
         "what is trained, its moments, the best": KEPT * trained,
         "gradients": PASSING * trained,
         "its weights as they would be stored, and their gradients": 2 * 4 * _block_weights(sizes),
-        "activations": tokens * (_block_width(sizes) + 3 * sizes.config.d_model) * width,
+        "activations": tokens * (_block_width(sizes.config) + 3 * sizes.config.d_model) * width,
     }
     return Phase(f"{step.name}, one block", host, device)
 
@@ -152,13 +154,8 @@ def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Pha
     parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
     at_once = 1 if one else batch // parts
     tokens, config = at_once * text.seqlen, sizes.config
-    block = _block_width(sizes) * width
     # As `driver` chooses: blocks are recomputed where keeping them would take too much.
-    all_kept = 4 * batch * text.seqlen * config.layers * _block_width(sizes)
-    inputs = config.layers * config.d_model * width
-    kept = inputs + block if all_kept > REMAT_BYTES else config.layers * block
-    chunk = min(config.vocab_size, VOCAB_CHUNK)
-    head = chunk * config.d_model * 4 if config.vocab_size > VOCAB_CHUNK else 0
+    all_kept = 4 * batch * text.seqlen * config.layers * _block_width(config)
     host = {
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
@@ -168,13 +165,44 @@ def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Pha
     }
     device = {
         "the compressed model": sizes.student,
+        **update_parts(config, trained, tokens, width, recomputed=all_kept > REMAT_BYTES),
+        "tiles of dense weights": tile_bytes(sizes.largest),
+    }
+    if predictions := batch * text.seqlen * _scratch(sizes, step):
+        device["what the teacher predicts of a batch"] = predictions
+    return Phase(step.name, host, device)
+
+
+def update_parts(
+    config: ModelConfig, trained: int, tokens: int, width: int, *, recomputed: bool
+) -> dict[str, int]:
+    """Returns what an update of adapters holds beside the model, in bytes by name.
+
+    Args:
+      trained: bytes of the adapters in float32.
+      tokens: that walk together.
+      width: bytes of an activation.
+      recomputed: of a block nothing is kept but its input.
+    """
+    block, inputs = _block_width(config) * width, config.layers * config.d_model * width
+    chunk = min(config.vocab_size, VOCAB_CHUNK)
+    head = chunk * config.d_model * 4 if config.vocab_size > VOCAB_CHUNK else 0
+    return {
         "adapters, their moments, the best": KEPT * trained,
         "gradients": PASSING * trained,
-        "activations": tokens * kept,
+        "activations": tokens * (inputs + block if recomputed else config.layers * block),
         "logits": tokens * 2 * 4 * chunk + head,
-        "tiles of dense weights": 3 * 4 * min(sizes.largest, TILE_ELEMENTS),
     }
-    return Phase(step.name, host, device)
+
+
+def tile_bytes(largest: int) -> int:
+    """Returns what products hold of dense weights, the largest linear having so many numbers."""
+    return 3 * 4 * min(largest, TILE_ELEMENTS)
+
+
+def _scratch(sizes: Sizes, step: Step) -> int:
+    """Returns the bytes that a model step keeps of every token's teacher."""
+    return 0 if step.scratch_bytes is None else step.scratch_bytes(sizes.config.vocab_size)
 
 
 def _count_trained(sizes: Sizes, step: Step) -> int:
@@ -189,9 +217,8 @@ def _slot(sizes: Sizes, windows: int, text: Text, on_cpu: bool) -> int:
     return windows * text.seqlen * sizes.config.d_model * _compute_bytes(on_cpu)
 
 
-def _block_width(sizes: Sizes) -> int:
+def _block_width(config: ModelConfig) -> int:
     """Returns the numbers a block keeps of one token until its backward pass."""
-    config = sizes.config
     return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lqec_jax.core.arguments import check_int
+from lqec_jax.core.types import Step
 from lqec_jax.errors import InputError
 from lqec_jax.planning.accounting import account
 from lqec_jax.planning.machines import MACHINES, Machine
@@ -143,12 +144,20 @@ def count_flops(sizes: Sizes, recipe: Recipe, text: Text) -> float:
         total += 3 * forward * (tokens - text.score * text.seqlen)
     for step in recipe.steps:
         if step.scope == "block":
+            seen, looks = _count_training(step, text)
             # Of every window's first pass: the teacher's block in both streams.
-            epochs, val = step.arguments["epochs"], text.score * text.seqlen
-            passes = 2 * tokens + 3 * epochs * (tokens - val) + (1 + epochs) * val
+            passes = 2 * tokens + 3 * seen * text.seqlen + looks * text.score * text.seqlen
             total += 2 * sizes.weights * passes
         if step.scope == "model":
-            batch, updates = step.arguments["batch"], step.arguments["updates"]
-            looks = 1 + updates // step.arguments["eval_every"]
-            total += forward * text.seqlen * (3 * batch * updates + looks * text.score)
+            seen, looks = _count_training(step, text)
+            total += forward * text.seqlen * (3 * seen + looks * text.score)
     return float(total)
+
+
+def _count_training(step: Step, text: Text) -> tuple[int, int]:
+    """Returns how many windows a step trains on, repeats counted, and its looks at the others."""
+    arguments = step.arguments
+    if "epochs" in arguments:
+        return arguments["epochs"] * (text.windows - text.score), 1 + arguments["epochs"]
+    updates = arguments["updates"]
+    return arguments["batch"] * updates, 1 + updates // arguments["eval_every"]

@@ -18,12 +18,11 @@ epochs is kept, the start included.
 from functools import lru_cache
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, check_number
 from lqec_jax.core.bases import base_target, replace_base
+from lqec_jax.core.clipping import read_clipped, start_clips, store_clipped
 from lqec_jax.core.group_grid import GroupGrid, make_grid
 from lqec_jax.core.types import Params, Step
 from lqec_jax.train.block_fit import Trainable, fit_bases
@@ -31,58 +30,20 @@ from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "OpenGVLab/OmniQuant@ec4aded quantize/quantizer.py"
 
-START = 4.0
-
-
-def clip_range(w: jax.Array, clips: dict, grid: GroupGrid) -> tuple[jax.Array, jax.Array]:
-    """Returns the clipped range of every group.
-
-    Args:
-      w: float32 [groups, group_size, d_out].
-      clips: logits 'upper' and, on an asymmetric grid, 'lower', float32 [groups, d_out].
-    Returns:
-      (lo, hi), each [groups, 1, d_out].
-    """
-    lo, hi = grids.find_range(w, symmetric=grid.symmetric)
-    hi = jax.nn.sigmoid(clips["upper"])[:, None] * hi
-    lo = -hi if grid.symmetric else jax.nn.sigmoid(clips["lower"])[:, None] * lo
-    return lo, hi
-
-
-def read_clipped(w: jax.Array, clips: dict, grid: GroupGrid) -> jax.Array:
-    """Returns w [d_in, d_out] as its clipped grid stores it, differentiable in the logits."""
-    grouped = _group(w, grid)
-    lo, hi = clip_range(grouped, clips, grid)
-    scales, zeros = grids.fit_grid_through(
-        lo, hi, grid.bits, symmetric=grid.symmetric, dtype=grid.dtype
-    )
-    return grids.dequantize_through(grouped, scales, zeros, grid.bits).reshape(w.shape)
-
 
 def make_trainable(grid: GroupGrid) -> Trainable:
     """Returns the clipped grid as something that `train.block_fit` trains."""
 
     def start(leaf: CompressedLinear) -> Params:
-        size = grid.size("omniquant", leaf.d_in)
-        logits = jnp.full((leaf.d_in // size, leaf.d_out), START, jnp.float32)
-        return {"upper": logits} if grid.symmetric else {"upper": logits, "lower": logits}
+        return start_clips(leaf.d_in, leaf.d_out, grid, "omniquant")
 
     def read(leaf: CompressedLinear, clips: Params) -> jax.Array:
         return read_clipped(base_target(leaf), clips, grid)
 
     def store(leaf: CompressedLinear, clips: Params) -> CompressedLinear:
-        w = base_target(leaf)
-        grouped = _group(w, grid)
-        ends = clip_range(grouped, clips, grid)
-        scales, zeros = grids.fit_grid(*ends, grid.bits, symmetric=grid.symmetric, dtype=grid.dtype)
-        codes, _ = grid.round(grouped, scales, zeros)
-        return replace_base(leaf, grid.pack(codes.reshape(w.shape), scales[:, 0], zeros[:, 0]))
+        return replace_base(leaf, store_clipped(base_target(leaf), clips, grid))
 
     return Trainable(start, read, store)
-
-
-def _group(w: jax.Array, grid: GroupGrid) -> jax.Array:
-    return grids.group_rows(w, grid.size("omniquant", w.shape[0]))
 
 
 def omniquant(

@@ -57,11 +57,7 @@ def fit_block(
       InputError: no window to train on, or none to look at.
     Cost: epochs · n passes forward and backward through one block.
     """
-    if not 1 <= problem.train < len(problem.student):
-        raise InputError(
-            f"{problem.train} of {len(problem.student)} windows are for training; at least one "
-            "of each kind was wanted; give more calibration text"
-        )
+    check_windows(problem)
     batch = min(batch, problem.train)
     an_epoch = problem.train // batch
     length = problem.student.shape[1]
@@ -72,30 +68,46 @@ def fit_block(
         eval_every=an_epoch,
         patience=None,
     )
+    objective = make_objective(problem, build, aug=aug)
+    return run_fit(problem, params, objective, make_optimizer(schedule.updates), schedule)
+
+
+def check_windows(problem: BlockProblem) -> None:
+    """Checks that there are windows of both kinds.
+
+    Raises:
+      InputError: none to train on, or none to look at.
+    """
+    if not 1 <= problem.train < len(problem.student):
+        raise InputError(
+            f"{problem.train} of {len(problem.student)} windows are for training; at least one "
+            "of each kind was wanted; give more calibration text"
+        )
+
+
+def run_fit(
+    problem: BlockProblem, params: Params, objective: Objective, optimizer, schedule: Schedule
+) -> Fitted:
+    """Runs the loop of every gradient method on a block, and tells the block's progress."""
     return fit(
-        problem.fns,
-        params,
-        _objective(problem, build, aug=aug),
-        make_optimizer(schedule.updates),
-        schedule,
-        problem.key,
+        problem.fns, params, objective, optimizer, schedule, problem.key,
         session=_Progress(problem),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """A base whose stored numbers are trained. Make one a step: programs are kept by it.
+    """A weight whose stored numbers are trained. Make one a step: programs are kept by it.
 
     Attributes:
       start: leaf -> the trained arrays of one weight, float32.
       read: (leaf, trained) -> the base as it would be stored, float32 [d_in, d_out], differentiable
-        in what is trained.
-      store: (leaf, trained) -> the leaf with its new base; `read` to the bit.
+        in what is trained; or, where more than the base is trained, the whole leaf.
+      store: (leaf, trained) -> the leaf as it is stored; its base is `read`'s to the bit.
     """
 
     start: Callable[[CompressedLinear], Params]
-    read: Callable[[CompressedLinear, Params], jax.Array]
+    read: Callable[[CompressedLinear, Params], jax.Array | CompressedLinear]
     store: Callable[[CompressedLinear, Params], CompressedLinear]
 
     def count(self, leaf: CompressedLinear) -> int:
@@ -119,7 +131,7 @@ def fit_bases(
     leaves = {path: get_at(block, name) for path, name in names.items()}
     train = {path: jax.jit(trainable.start)(leaf) for path, leaf in leaves.items()}
     params = {"train": train, "frozen": {"block": block}}
-    fitted = fit_block(problem, params, _build(trainable.read), make_optimizer, **schedule)
+    fitted = fit_block(problem, params, build_block(trainable.read), make_optimizer, **schedule)
     for path, leaf in leaves.items():
         stored = jax.jit(trainable.store)(leaf, fitted.params["train"][path])
         block = set_at(block, names[path], stored)
@@ -127,12 +139,16 @@ def fit_bases(
 
 
 @lru_cache(maxsize=32)
-def _build(read: Callable) -> Callable:
+def build_block(read: Callable) -> Callable:
+    """Returns `fit_block`'s `build` for a block whose weights `read` reads, see `Trainable`."""
+
     def build(params: Params) -> Params:
         block = params["frozen"]["block"]
         for path, trained in params["train"].items():
             leaf = get_at(block, f"{path}/kernel")
-            block = set_at(block, f"{path}/kernel", _put_weight(leaf, read(leaf, trained)))
+            came = read(leaf, trained)
+            whole = came if isinstance(came, CompressedLinear) else _put_weight(leaf, came)
+            block = set_at(block, f"{path}/kernel", whole)
         return block
 
     return build
@@ -141,7 +157,7 @@ def _build(read: Callable) -> Callable:
 def _put_weight(leaf: CompressedLinear, w: jax.Array) -> CompressedLinear | jax.Array:
     """Puts a dense base in a leaf; the weight alone where the leaf says no more."""
     leaf = replace_base(leaf, Dense(w))
-    others = (*leaf.corrections, leaf.input_transform, leaf.output_transform)
+    others = (*leaf.corrections, leaf.input_transform, leaf.output_transform, leaf.input_grid)
     bare = isinstance(leaf.base, Dense) and all(part is None for part in others)
     return w if bare else leaf
 
@@ -151,7 +167,8 @@ def is_trained(path: tuple, leaf: Any) -> bool:
     return path[0].key == "train"
 
 
-def _objective(problem: BlockProblem, build: Callable, *, aug: bool) -> Objective:
+def make_objective(problem: BlockProblem, build: Callable, *, aug: bool) -> Objective:
+    """Returns the distance of what the block answers, over the windows of both streams."""
     answers, spread, scale = _find_answers(problem, aug=aug)
 
     def batch(numbers: np.ndarray) -> dict:
@@ -168,8 +185,10 @@ def _loss(fns: ModelFns, build: Callable, aug: bool) -> Callable:
     terms = 2 if aug else 1
 
     def loss(params: Params, batch: dict) -> tuple[jax.Array, dict]:
-        y = fns.block(build(params), batch["h"])[0].astype(jnp.float32)
-        error = jnp.mean(jnp.square(y - batch["answer"].astype(jnp.float32)), axis=(1, 2))
+        y = fns.block(build(params), batch["h"])[0]
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        missing = y.astype(wide) - batch["answer"].astype(wide)
+        error = jnp.mean(jnp.square(missing), axis=(1, 2))
         return jnp.mean((terms * error + batch["spread"]) * batch["scale"]), {}
 
     return loss

@@ -22,7 +22,8 @@ def test_it_prints_sizes_machines_and_the_paper_s_accounting(folder, capfd):
     out, err = capfd.readouterr()
     assert err == ""
     for words in ("32 x [4096, 11008]", "2.6763 bits per weight", "exactly", "Colab T4", "H200",
-                  "x 1.071 (x 1.057 without", "OUT.partial"):  # fmt: skip
+                  "x 1.071 (x 1.057 without", "x 1.05)", "OUT.partial", "4.93 GB and 5.6 times",
+                  "2.81 GB, 5.0 times less than the 13.97 GB"):  # fmt: skip
         assert words in out, words
     assert list(folder.iterdir()) == [folder / "config.json"]
 

@@ -156,6 +156,20 @@ def test_a_step_that_trains_scales_is_counted_by_them(tmp_path):
     assert train.device["gradients"] == 2 * 4 * sizes.weights // 64
 
 
+def test_what_a_teacher_predicts_is_counted_where_it_is_kept(sizes):
+    def plan(logits):
+        recipe = parse_recipe(f"rtn(bits=2, group_size=64) | lrec(rank=64, logits={logits!r})")
+        device = phases(sizes, recipe=recipe)[1].device
+        held = device.get("what the teacher predicts of a batch", 0)
+        return run_bytes(sizes, recipe, TEXT, on_cpu=False), held
+
+    tokens = TEXT.windows * TEXT.seqlen
+    plain, none = plan("recomputed")
+    for logits, each in (("streamed", 2 * 32000), ("top_k", 8 * 64 + 4)):
+        kept, held = plan(logits)
+        assert (kept - plain, held, none) == (tokens * each, 8 * TEXT.seqlen * each, 0)
+
+
 def test_both_streams_walk_all_windows_for_a_block_step(sizes):
     plain, block = (parse_recipe(r) for r in ("rtn(bits=2)", "omniquant(bits=2)"))
     slot = TEXT.seqlen * 4096 * 2

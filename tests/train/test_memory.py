@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from lqec_jax.compensation.apiq import make_trainable
+from lqec_jax.core.group_grid import GroupGrid
+from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.models.decoder import model_fns
-from lqec_jax.train.losses import rilq_terms
+from lqec_jax.train.block_fit import build_block, is_trained
+from lqec_jax.train.losses import lrec_terms, next_token_nll, rilq_terms
 from lqec_jax.train.update import choose_options, init_state, make_update
-from lqec_kernels.formats import Affine
+from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
 from lqec_kernels.reference import tiled_matmul
 from tests.compiling import options_for_memory
 from tests.train.tiny import GROUP, draw_decoder, draw_plain, make_config, plain_fns
@@ -28,12 +32,27 @@ def multiply_densely(x, base, *, low_rank=None, shards=1):
     return x @ base.dense(x.dtype)
 
 
-def lower_update(fns, params, tokens: int, d: int):
-    """Lowers RILQ's update, adapters trained, from shapes alone."""
+def rilq(fns, params, batch):
+    return rilq_terms(fns, batch["teacher"], params, batch["tokens"],
+                      model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+
+
+def lrec(fns, params, batch):
+    teacher = fns.norm(params, batch["teacher"])
+    return lrec_terms(fns, teacher, params, batch["tokens"],
+                      kl_weight=1.0, token_weight=120.0, reduction="sum")  # fmt: skip
+
+
+def fine_tuning(fns, params, batch):
+    post_norm = fns.hidden(params, batch["tokens"])[1]
+    return jnp.mean(next_token_nll(fns, params, post_norm, batch["tokens"])), {}
+
+
+def lower_update(fns, params, tokens: int, d: int, of=rilq):
+    """Lowers the update of a loss, adapters trained, from shapes alone."""
 
     def loss(params, batch):
-        return rilq_terms(fns, batch["teacher"], params, batch["tokens"],
-                          model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+        return of(fns, params, batch)
 
     optimizer = optax.adam(1e-3)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
@@ -76,9 +95,64 @@ def plain_share(remat: bool, d: int = 512, tokens: int = 8, **options: str) -> f
     return (held(8) - held(4) - 4 * tokens * d * 4) / (4 * d * d * 4)
 
 
+def scanned_share(of, d: int = 512, tokens: int = 8) -> float:
+    """The same of 8 more blocks of one linear, in one segment."""
+
+    def held(layers: int) -> int:
+        one = shapes_of(draw_plain((2,), d))
+        stack = lambda s: jax.ShapeDtypeStruct((layers, *s.shape[1:]), s.dtype)  # noqa: E731
+        params = {**one, "blocks": jax.tree.map(stack, one["blocks"])}
+        return temp_bytes(lower_update(plain_fns(), params, tokens, d, of))
+
+    return (held(16) - held(8) - 8 * tokens * d * 4) / (8 * d * d * 4)
+
+
 @pytest.mark.parametrize("remat", [True, False])
 def test_eight_more_blocks_add_little(remat):
     assert 0 < decoder_share(remat, mixed=False) <= BOUND
+
+
+def test_eight_more_linears_add_little_to_the_other_losses(monkeypatch):
+    assert 0 < scanned_share(lrec) <= BOUND
+    assert 0 < scanned_share(fine_tuning) <= BOUND
+    monkeypatch.setattr(PRODUCT, multiply_densely)
+    assert scanned_share(lrec) > 5 * BOUND
+
+
+def apiq_share(d: int = 512, tokens: int = 8) -> float:
+    """Returns what ApiQ's update of a block holds, less its gradients, over the dense bytes."""
+    fns, step = fresh_fns(make_config(1, d, 2 * d)), make_trainable(GroupGrid(2, GROUP), "float16")
+    shapes = {path: (d, d) for path in fns.linears}
+    shapes |= {"mlp/gate": (d, 2 * d), "mlp/up": (d, 2 * d), "mlp/down": (2 * d, d)}
+
+    def start() -> dict:
+        block = {"attn_norm": {"scale": jnp.ones(d)}, "mlp_norm": {"scale": jnp.ones(d)}}
+        for path, shape in shapes.items():
+            adapter = LowRank(jnp.ones((shape[0], 4)), jnp.ones((4, shape[1])))
+            leaf = CompressedLinear(Dense(jnp.ones(shape)), (adapter,))
+            block = set_at(block, f"{path}/kernel", leaf)
+        train = {path: step.start(get_at(block, f"{path}/kernel")) for path in shapes}
+        return {"train": train, "frozen": {"block": block}}
+
+    def loss(params, batch):
+        y = fns.block(build_block(step.read)(params), batch)[0]
+        return jnp.mean(jnp.square(y)), {}
+
+    optimizer = optax.adam(1e-3)
+    state = jax.eval_shape(lambda: init_state(start(), optimizer, is_trained))
+    lowered = make_update(loss, optimizer).lower(
+        state, jax.ShapeDtypeStruct((1, tokens, d), jnp.float32)
+    )
+    gradients = sum(array.size * 4 for array in jax.tree.leaves(state.train))
+    dense = 4 * sum(d_in * d_out for d_in, d_out in shapes.values())
+    return (temp_bytes(lowered) - gradients) / dense
+
+
+def test_apiq_holds_less_than_its_block(monkeypatch):
+    """One dense float32 copy of a block would be a share of 1."""
+    assert 0 < apiq_share() < 0.7
+    monkeypatch.setattr(PRODUCT, multiply_densely)
+    assert apiq_share() > 1.5
 
 
 @pytest.mark.slow
