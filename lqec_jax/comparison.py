@@ -111,7 +111,7 @@ def compare(
     saved = _open(folder, resume=resume)
     make = {"seqlen": seqlen, "windows": windows, "val_ratio": val_ratio, "dtype": dtype}
     job = prepare(model, entries[0].recipe, calib, seed=entries[0].seed, **make)
-    held_out = _read_held_out(job, text, seqlen, text_windows, protocol)
+    held_out = read_held_out(job, text, seqlen, text_windows, protocol)
     _check_entries(job, entries)
     board = _Board.begin(folder, saved, job, held_out, f"{_name(text, protocol)}/{seqlen}")
     scorer = Scorer(model, held_out, _name(text, protocol), dtype)
@@ -201,7 +201,7 @@ def _check_entries(job: Job, entries: Sequence[Entry]) -> None:
         preview(model_fns(job.source.config), shapes, recipe)
 
 
-def _read_held_out(job: Job, text: Any, seqlen: int, windows: int | None, protocol: str):
+def read_held_out(job: Job, text: Any, seqlen: int, windows: int | None, protocol: str):
     """Returns what rows are scored on, int32 [n, seqlen]."""
     if windows is not None:
         check_int("compare", "text_windows", windows, 1)

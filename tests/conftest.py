@@ -70,3 +70,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real models and texts are not here: no folder ../shared")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def kept_programs():
+    """Programs compiled in a hurry, and kept for rows that would drop those before them."""
+    quick = {
+        "jax_disable_most_optimizations": True,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in quick}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quick.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(int(value)))
+        patch.setattr(jax, "clear_caches", lambda: None)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.clear_caches()

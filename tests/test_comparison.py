@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -92,26 +91,7 @@ IN_SECOND_ROW = """Run, 'commit', lambda run, **changes: (
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """Programs compiled in a hurry, and kept for rows that would drop those before them."""
-    quick = {
-        "jax_disable_most_optimizations": True,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in quick}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in quick.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(int(value)))
-        patch.setattr(jax, "clear_caches", lambda: None)
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, quick):
+def folder(tmp_path_factory, kept_programs):
     """A model, two texts; `out`, a comparison killed in its second row and resumed; `whole`."""
     folder = tmp_path_factory.mktemp("compare")
     # One shape of linears, so that a step is one program.

@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
+from lqec_jax.cli import analyze
 from lqec_jax.cli.compare import compare
 from lqec_jax.cli.compress import compress
 from lqec_jax.cli.demo import demo
 from lqec_jax.cli.doctor import doctor, find_version
 from lqec_jax.cli.evaluate import evaluate
 from lqec_jax.cli.export import export, verify
+from lqec_jax.cli.finetune import finetune
 from lqec_jax.cli.generate import generate
 from lqec_jax.cli.inspect import inspect
 from lqec_jax.cli.methods import methods
@@ -42,6 +44,8 @@ app.command("demo")(demo)
 app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
+app.add_typer(analyze.app, name="analyze")
+app.command("finetune")(finetune)
 app.command("export")(export)
 app.command("verify")(verify)
 app.command("generate")(generate)

@@ -115,6 +115,44 @@ def draw_pareto(name: str, rows: Sequence[Mapping[str, Any]], teacher: float | N
     return finish()
 
 
+def draw_curves(
+    name: str,
+    axes_names: tuple[str, str],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    logarithmic: str = "",
+    lines: Mapping[str, float] | None = None,
+) -> str:
+    """Draws a curve a name over one pair of axes.
+
+    Args:
+      curves: label -> points (x, y), at most eight; a label in brackets is drawn dotted and faint.
+      logarithmic: which axes are, 'x', 'y' or 'xy'.
+      lines: label -> a level drawn across, such as a teacher's.
+    """
+    with _drawing(name, *axes_names) as (axes, finish):
+        shown = {label: points for label, points in curves.items() if points}
+        for number, (label, points) in enumerate(shown.items()):
+            bracketed = label.startswith("(")
+            style = ":" if bracketed else f"{MARKERS[number % len(MARKERS)]}-"
+            color = FAINT if bracketed else SERIES[number % len(SERIES)]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+        for label, level in (lines or {}).items():
+            axes.axhline(level, color=INK, linestyle=":", linewidth=1, label=label)
+        if "x" in logarithmic:
+            axes.set_xscale("log", base=2)
+            places = sorted({x for points in shown.values() for x, _ in points})
+            axes.set_xticks(places[:: -(-len(places) // 10)])
+            axes.xaxis.set_major_formatter("{x:g}")
+        if "y" in logarithmic:
+            axes.set_yscale("log")
+            ticks = find_ticks(*axes.get_ylim())
+            axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.figure.legend(loc="outside lower center", ncols=3)
+    return finish()
+
+
 def find_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Returns the points that no other is at most equal to in both, by their first coordinate.
 
