@@ -50,7 +50,7 @@ METHODS = {
     "qera": Method("lqec_jax.compensation.whitened:qera", "linear", "-", "gram", "2410.06040", "the correction of its rank that leaves the least output error"),
     "eora": Method("lqec_jax.compensation.whitened:eora", "linear", "-", "gram", "2410.21271", "the same by the eigenspace of the inputs' gram"),
     "caldera": Method("lqec_jax.compensation.caldera:caldera", "linear", "-", "gram", "2405.18886", "a base and factors in few bits in turns, by what the inputs see"),
-    "aser": Method("lqec_jax.compensation.aser:aser", "linear", "-", "gram, absmean", "2411.07762", "as qera, no more components than needed, outlier channels kept out of the base"),
+    "aser": Method("lqec_jax.compensation.aser:aser", "linear", "-", "gram, absmean", "2411.07762", "as qera of the rank it takes, outliers kept out of the base"),
     "lq_lora": Method("lqec_jax.compensation.lq_lora:lq_lora", "linear", "-", "fisher", "2311.12023", "the best correction with inputs and outputs weighed by the loss's curvature"),
     "quantize_adapter": Method("lqec_jax.compensation.quantize_adapter:quantize_adapter", "linear", "2-8", "none", "2410.09615", "store the factors of adapters in a few bits, a scale a group"),
     "lrec": Method("lqec_jax.compensation.lrec:lrec", "model", "-", "hidden states", "2306.08162", "train all adapters on the teacher's predictions + next token"),
