@@ -41,11 +41,8 @@ QUANTIZERS = {
     "squeezellm": "squeezellm(bits={b})",
     "bcq": "bcq(bits={b}, group_size=32)",
 }
-# Of a width of their own.
-STARTS = {
-    "ternary": "ternary(group_size=32)",
-    "onebit": "onebit()",
-}
+# Of a width of their own: three levels and two.
+STARTS = {"ternary": (1.58, "ternary(group_size=32)"), "onebit": (1, "onebit()")}
 # The same quantizer with other grids: alone.
 VARIANTS = ("rtn, clip by weight error", "rtn, clip by channel error")
 # Fewer of RILQ's updates than its default of 400, fewest where less is to be repaired.
@@ -56,14 +53,14 @@ REFERENCE = {"rtn": "RTN W{b}", "gptq": "GPTQ W{b}", "omniquant": "OmniQuant LWC
              "block_ap": "EfficientQAT Block-AP W{b}"}  # fmt: skip
 
 
-def list_rows() -> list[tuple[str, int, str, str]]:
+def list_rows() -> list[tuple[str, float, str, str]]:
     """Returns (name, bits, recipe, recipe under RILQ), alone ones are cheap and come first."""
     rows = [
         (name, bits, text.format(b=bits), f"{text.format(b=bits)} | {RILQ[bits]}")
         for bits in BITS
         for name, text in QUANTIZERS.items()
     ]
-    return rows + [(name, 2, text, f"{text} | {RILQ[2]}") for name, text in STARTS.items()]
+    return rows + [(name, b, text, f"{text} | {RILQ[2]}") for name, (b, text) in STARTS.items()]
 
 
 def measure(shared: Path, model: str, work: Path) -> None:
@@ -137,7 +134,7 @@ def numbers(row: dict) -> list[str]:
             f"{row['seconds']:.0f}"]  # fmt: skip
 
 
-def reference(rows: list[dict], model: str, name: str, bits: int) -> str:
+def reference(rows: list[dict], model: str, name: str, bits: float) -> str:
     wanted = REFERENCE.get(name, "").format(b=bits)
     ppl = [row["ppl"] for row in rows if row["model"] == model and row["method"] == wanted]
     return f"{min(ppl):.3f}" if ppl else ""
