@@ -53,7 +53,7 @@ def train_scales(problem: ModelProblem, settings: dict[str, Any]) -> ModelSoluti
         problem.params,
         objective,
         make_optimizer(settings),
-        make_schedule(problem, {**settings, "patience": 0}),
+        make_schedule({**settings, "patience": 0}, windows.shape[1], problem.mesh),
         problem.key,
         mesh=problem.mesh,
         session=problem.session,

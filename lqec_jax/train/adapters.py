@@ -95,7 +95,7 @@ def train_adapters(
         change(problem.params, start),
         objective,
         make_optimizer(settings, width=problem.teacher.shape[-1]),
-        make_schedule(problem, settings),
+        make_schedule(settings, problem.train.shape[1], problem.mesh),
         order_key,
         mesh=problem.mesh,
         session=problem.session,
@@ -149,12 +149,12 @@ def window_batches(problem: ModelProblem) -> Callable[[np.ndarray], dict]:
     return batch
 
 
-def make_schedule(problem: ModelProblem, settings: Mapping[str, Any]) -> Schedule:
-    """Returns the loop's schedule; `accumulate` of None is chosen for the machine."""
+def make_schedule(settings: Mapping[str, Any], length: int, mesh: Any = None) -> Schedule:
+    """Returns the loop's schedule; `accumulate` of None is chosen for windows of that length."""
     accumulate = settings["accumulate"]
     if accumulate is None:
-        sharers = problem.mesh.shape[DATA] if problem.mesh else 1
-        accumulate = count_parts(settings["batch"], problem.train.shape[1], sharers)
+        sharers = mesh.shape[DATA] if mesh else 1
+        accumulate = count_parts(settings["batch"], length, sharers)
     return Schedule(
         updates=settings["updates"],
         batch=settings["batch"],

@@ -19,10 +19,15 @@ import optax
 from lqec_jax.core.linear import linear
 from lqec_jax.core.tree import get_at, is_compressed, set_at
 from lqec_jax.core.types import BlockProblem, BlockSolution, ModelFns, Params
-from lqec_jax.train.adapters import add_adapter, find_adapters, make_optimizer, store_adapters
+from lqec_jax.train.adapters import (
+    add_adapter,
+    find_adapters,
+    make_optimizer,
+    make_schedule,
+    store_adapters,
+)
 from lqec_jax.train.block_fit import make_objective, run_fit
-from lqec_jax.train.fit import Objective, Schedule
-from lqec_jax.train.update import count_parts
+from lqec_jax.train.fit import Objective
 
 
 def train_block_adapters(
@@ -54,7 +59,7 @@ def train_block_adapters(
     fitted = run_fit(
         problem, params, objective,
         _keep_optimizer(tuple(sorted(settings.items())), problem.student.shape[-1]),
-        _make_schedule(problem, settings),
+        make_schedule(settings, problem.student.shape[1]),
     )  # fmt: skip
     trained = fitted.params["train"] if fitted.best_update else block
     for name in _names(problem.fns):
@@ -109,16 +114,3 @@ def _linear_loss(fns: ModelFns) -> Callable:
 def _keep_optimizer(settings: tuple, width: int) -> optax.GradientTransformation:
     """Returns one optimizer object for all blocks: programs are kept by it."""
     return make_optimizer(dict(settings), width)
-
-
-def _make_schedule(problem: BlockProblem, settings: Mapping[str, Any]) -> Schedule:
-    accumulate = settings["accumulate"]
-    if accumulate is None:
-        accumulate = count_parts(settings["batch"], problem.student.shape[1])
-    return Schedule(
-        updates=settings["updates"],
-        batch=settings["batch"],
-        accumulate=accumulate,
-        eval_every=settings["eval_every"],
-        patience=settings["patience"] or None,
-    )

@@ -26,13 +26,12 @@ from lqec_jax.train.adapters import (
     add_adapter,
     check_parts,
     find_adapters,
+    make_schedule,
     map_linears,
     store_adapters,
 )
-from lqec_jax.train.fit import Objective, Schedule, fit
+from lqec_jax.train.fit import Objective, fit
 from lqec_jax.train.losses import next_token_nll
-from lqec_jax.train.sharding import DATA
-from lqec_jax.train.update import count_parts
 from lqec_kernels.adapters import QuantizedLowRank, round_columns
 from lqec_kernels.formats import CompressedLinear, LowRank
 
@@ -136,7 +135,7 @@ def tune(method: str, problem: Tuning, settings: Mapping[str, Any]) -> ModelSolu
         opened,
         _make_objective(problem, roundings, select),
         make_optimizer(settings, problem.width),
-        _make_schedule(problem, settings),
+        make_schedule(settings, problem.tokens.shape[1], problem.mesh),
         order_key,
         mesh=problem.mesh,
         session=problem.session,
@@ -306,20 +305,6 @@ def make_rate(peak: float, settings: Mapping[str, Any]) -> optax.Schedule:
         return falling
     climb = optax.linear_schedule(peak / (rising + 1), peak, rising)
     return optax.join_schedules([climb, falling], [rising])
-
-
-def _make_schedule(problem: Tuning, settings: Mapping[str, Any]) -> Schedule:
-    accumulate = settings["accumulate"]
-    if accumulate is None:
-        sharers = problem.mesh.shape[DATA] if problem.mesh else 1
-        accumulate = count_parts(settings["batch"], problem.tokens.shape[1], sharers)
-    return Schedule(
-        updates=settings["updates"],
-        batch=settings["batch"],
-        accumulate=accumulate,
-        eval_every=settings["eval_every"],
-        patience=settings["patience"] or None,
-    )
 
 
 def _make_objective(problem: Tuning, roundings: Mapping[int, tuple], select: Callable) -> Objective:
