@@ -32,7 +32,8 @@ def _is_known_to_xla(flag: str) -> bool:
         return False
     with library.open("rb") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-            return code.find(flag.encode()) >= 0
+            # As a string of its own: versions without the flag still name it among reserved fields.
+            return code.find(b"\0" + flag.encode() + b"\0") >= 0
 
 
 def options_for_memory() -> dict[str, bool | int]:
