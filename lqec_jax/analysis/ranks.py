@@ -73,15 +73,18 @@ def analyze_ranks(
     )  # fmt: skip
     measure = _Measure(model, base, calib, text, settings, reporter)
     path = folder / RESULTS
-    known = read_json(path) if path.is_file() else {"rows": []}
+    known = read_json(path) if path.is_file() else {"base": None, "rows": []}
     analysis = {name: results[name] for name in ("model", "protocol", "settings", "environment")}
     analysis["base"] = base
     made = {(row["resolved"], row["seed"]): row for row in results["rows"]}
     rows = [(scope, rank, made[str(parse_recipe(recipe)), seed]) for scope, rank, recipe in plan]
-    analysis["spectra"] = known.get("spectra") or measure.spectra(folder / RUNS, rows[0][2])
-    found = {row["recipe"]: row for row in known["rows"]}
+    if known["base"] == base:
+        analysis["spectra"] = known["spectra"]
+    else:  # those of another base in the same folder say nothing of this one
+        analysis["spectra"] = measure.spectra(folder / RUNS, rows[0][2])
+    found = {row["artifact"]: row for row in known["rows"]}
     analysis["rows"] = [
-        found.get(row["recipe"]) or measure.row(scope, rank, folder / RUNS, row)
+        found.get(row["artifact"]) or measure.row(scope, rank, folder / RUNS, row)
         for scope, rank, row in rows
         if row["artifact"]  # what became non-finite has none; the comparison says which
     ]

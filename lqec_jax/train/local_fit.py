@@ -8,6 +8,7 @@ the same for both weights, the linear one has `qera`'s closed form as its lowest
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -52,7 +53,7 @@ def train_block_adapters(
     params = {"train": block, "frozen": {}}
     if scope == "block":
         objective = make_objective(problem, _take_block, aug=False)
-        objective = Objective(objective.loss, objective.batch, objective.train, objective.val)
+        objective = replace(objective, select="adapters")
     else:
         params["frozen"] = {"dense": problem.dense}
         objective = _linear_objective(problem)

@@ -62,10 +62,16 @@ def folder(tmp_path_factory, kept_programs):
 
 
 def analyze(folder, **more):
-    arguments = {"ranks": [1, 8], "scopes": ["weight"], "seqlen": SEQLEN, "windows": 8} | more
+    arguments = {
+        "base": BASE,
+        "ranks": [1, 8],
+        "scopes": ["weight"],
+        "seqlen": SEQLEN,
+        "windows": 8,
+    } | more
     return analyze_ranks(
-        model=str(folder / "model"), base=BASE, calib=str(folder / "calib.npy"),
-        text=str(folder / "dev.npy"), out=folder / "out", **arguments,
+        model=str(folder / "model"), calib=str(folder / "calib.npy"),
+        text=str(folder / "dev.npy"), out=folder / "out", seqlen=SEQLEN, windows=8, **arguments,
     )  # fmt: skip
 
 
@@ -106,3 +112,15 @@ def test_it_goes_on_without_measuring_twice(folder, analysis, monkeypatch):
     (out / PAGE).unlink()
     analyze(folder, resume=True)
     assert (out / PAGE).read_text() == page
+
+
+def test_another_base_or_seed_in_the_same_folder_is_measured_anew(folder, analysis):
+    """Runs last: what stood in the folder gives way to it."""
+    other = "rtn(bits=3, group_size=32)"
+    anew = analyze(folder, base=other, ranks=[1], seed=1, resume=True)
+    assert anew["base"] == other and len(anew["rows"]) == 2
+    mean = np.mean([row["relative_error"] for row in anew["spectra"]])
+    assert mean == pytest.approx(anew["rows"][0]["relative_error"], rel=1e-3)
+    assert mean < analysis["rows"][0]["relative_error"]
+    seeds = analyze(folder, base=other, ranks=[1], seed=2, resume=True)
+    assert seeds["rows"][0]["artifact"] != anew["rows"][0]["artifact"]

@@ -11,69 +11,23 @@ from lqec_jax.compensation import rilq as module
 from lqec_jax.compensation.rilq import make_objective, rilq
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.group_grid import GroupGrid
-from lqec_jax.core.linear import linear
-from lqec_jax.core.tree import get_at, set_at
-from lqec_jax.core.types import ModelFns, ModelProblem
+from lqec_jax.core.tree import get_at
+from lqec_jax.core.types import ModelProblem
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize
 from lqec_jax.train.adapters import DEFAULT_RANK
 from lqec_kernels.formats import Affine, CompressedLinear, LowRank
+from tests.compensation.toy import (
+    FNS,
+    LAYERS,
+    TEACHER,
+    TOKENS,
+    D,
+    compress,
+)
 
-D, FF, VOCAB, LAYERS, LENGTH = 16, 24, 20, 2, 8
 TRAIN, VAL = 16, 8
 RANK = 4
-
-
-def draw(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
-
-
-# A model of our own: blocks h + down(tanh(up(h))), a norm without scale, a tied head.
-
-
-def block(params, h):
-    inner = jnp.tanh(linear(h, params["up"]["kernel"]))
-    return h + linear(inner, params["down"]["kernel"]), {"up": h, "down": inner}
-
-
-def norm(params, h):
-    return h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True))
-
-
-def hidden(params, tokens):
-    h = params["embed"][tokens]
-    for segment in params["blocks"]:
-        h, _ = jax.lax.scan(lambda h, one: (block(one, h)[0], None), h, segment)
-    return h, norm(params, h)
-
-
-FNS = ModelFns(
-    embed=lambda params, tokens: params["embed"][tokens],
-    block=block,
-    hidden=hidden,
-    head=lambda params, x, start=0, size=None: x @ params["embed"].T,
-    linear_groups=(("up",), ("down",)),
-    norm=norm,
-)
-TEACHER = {
-    "embed": draw(VOCAB, D, seed=3),
-    "blocks": (
-        {
-            "up": {"kernel": draw(LAYERS, D, FF, seed=1) / D**0.5},
-            "down": {"kernel": draw(LAYERS, FF, D, seed=2) / FF**0.5},
-        },
-    ),
-}
-TOKENS = np.random.RandomState(5).randint(0, VOCAB, (TRAIN + VAL, LENGTH)).astype(np.int32)
-
-
-def compress(change) -> dict:
-    """Returns the teacher with every weight replaced by `change` of it."""
-    segment = TEACHER["blocks"][0]
-    for path in FNS.linears:
-        leaf = jax.jit(jax.vmap(change))(get_at(segment, f"{path}/kernel"))
-        segment = set_at(segment, f"{path}/kernel", leaf)
-    return {**TEACHER, "blocks": (segment,)}
 
 
 def bare(w) -> CompressedLinear:
@@ -122,11 +76,11 @@ def loss_of(problem, params, **arguments) -> float:
     pre, post = jax.jit(FNS.hidden)(params, problem.val)
     teacher = problem.teacher[TRAIN:]
     if settings["target"] == "post_norm":
-        came, wanted = post, norm(None, teacher)
+        came, wanted = post, FNS.norm(None, teacher)
     elif settings["target"] == "pre_norm":
         came, wanted = pre, teacher
     else:
-        came, wanted = (h @ TEACHER["embed"].T for h in (post, norm(None, teacher)))
+        came, wanted = (h @ TEACHER["embed"].T for h in (post, FNS.norm(None, teacher)))
     logits = np.asarray(post @ TEACHER["embed"].T, np.float64)[:, :-1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_p, problem.val[:, 1:, None], axis=-1).mean()

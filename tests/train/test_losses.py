@@ -1,7 +1,6 @@
 """Losses against numpy in float64, and their gradients against finite differences."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,60 +8,43 @@ import numpy as np
 import pytest
 
 from lqec_jax.core.tree import combine, get_at, is_compressed, partition
-from lqec_jax.models.decoder import model_fns
 from lqec_jax.train import losses
 from lqec_jax.train.losses import (
-    LogProbs,
-    find_log_probs,
     find_top,
-    kl_terms,
     lrec,
-    lrec_terms,
     mean_square,
     next_token_nll,
     rilq,
     rilq_terms,
 )
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
-from tests.train.tiny import VOCAB, draw_linear, draw_plain, make_config, plain_fns
+from tests.train.oracles import (
+    BATCH,
+    FNS,
+    LAYERS,
+    LENGTH,
+    TOKENS,
+    WEIGHTS,
+    D,
+    draw_student,
+    head_only,
+    numpy_hidden,
+    numpy_nll,
+    numpy_norm,
+)
+from tests.train.tiny import VOCAB
 
-D, LAYERS, BATCH, LENGTH = 32, 2, 2, 7
 TARGETS = ("post_norm", "pre_norm", "logits")
-FNS = plain_fns()
-TOKENS = np.random.RandomState(0).randint(0, VOCAB, (BATCH, LENGTH))
 
 
 @pytest.fixture(scope="module")
 def student() -> dict:
-    kernel = draw_linear(np.random.default_rng(2), 2, LAYERS, D, D)
-    return {**draw_plain((), D), "blocks": ({"mix": {"kernel": kernel}},)}
+    return draw_student()
 
 
 @pytest.fixture(scope="module")
 def teacher_hidden() -> np.ndarray:
     return np.random.RandomState(1).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
-
-
-# What the model answers, said once more in float64.
-
-
-def numpy_norm(h: np.ndarray) -> np.ndarray:
-    return h / np.sqrt(1 + np.mean(h**2, axis=-1, keepdims=True))
-
-
-def numpy_hidden(params: dict) -> tuple[np.ndarray, np.ndarray]:
-    h = np.asarray(params["embed"], np.float64)[TOKENS]
-    for segment in params["blocks"]:
-        for w in np.asarray(segment["mix"]["kernel"].dense(), np.float64):
-            h = h + np.tanh(h @ w)
-    return h, numpy_norm(h)
-
-
-def numpy_nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    logits = np.asarray(logits, np.float64)[:, :-1]
-    largest = logits.max(-1, keepdims=True)
-    total = largest[..., 0] + np.log(np.exp(logits - largest).sum(-1))
-    return total - np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def numpy_terms(params: dict, teacher: np.ndarray, target: str) -> tuple[float, float]:
@@ -156,17 +138,6 @@ def test_mean_square_is_taken_in_float32_or_wider():
 # The next-token loss in chunks of the vocabulary
 
 
-def head_only(kind: str):
-    """Returns (functions, parameters) with one of the three kinds of head."""
-    kernel = np.random.RandomState(2).standard_normal((D, VOCAB)).astype(np.float32) / D**0.5
-    if kind == "plain":
-        return FNS, {"head": kernel}
-    fns = model_fns(make_config(layers=1, d=D, tied_head=kind == "tied"))
-    if kind == "tied":
-        return fns, {"embed": {"embedding": kernel.T}}
-    return fns, {"head": {"kernel": kernel}}
-
-
 def nll_and_gradients(fns, params, post_norm):
     """Returns the loss of each token, and the gradient of a sum that weighs each its own way."""
     weights = 1.0 + np.arange(BATCH * (LENGTH - 1)).reshape(BATCH, LENGTH - 1)
@@ -219,178 +190,6 @@ def test_no_array_is_as_wide_as_the_vocabulary_in_chunks(monkeypatch):
         return str(jax.make_jaxpr(jax.grad(run))(post_norm))
 
     wide, narrow = (f"f32[{BATCH},{LENGTH - 1},{width}]" for width in (VOCAB, 24))
-    assert wide in trace()
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
-    assert wide not in trace() and narrow in trace()
-
-
-# The divergence from a teacher's predictions
-
-
-def numpy_kl(teacher: np.ndarray, student: np.ndarray, head: np.ndarray) -> np.ndarray:
-    """KL(teacher || student) of every token, from hidden states, in float64."""
-
-    def log_probs(hidden):
-        logits = np.asarray(hidden, np.float64) @ head
-        logits -= logits.max(-1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-    p, q = log_probs(teacher), log_probs(student)
-    return np.sum(np.exp(p) * (p - q), axis=-1)
-
-
-def draw_hidden(seed: int) -> np.ndarray:
-    return np.random.RandomState(seed).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
-
-
-def likeliest(params, k: int, teacher):
-    """Compiles anew, so that a test's chunks are its own."""
-    return jax.jit(lambda teacher: find_top(FNS, params, teacher, k))(teacher)
-
-
-def find_kl(params, post_norm, teacher, tokens=TOKENS):
-    """Returns the KL and loss of every token, compiled, and the gradient of their sums."""
-
-    def run(post_norm):
-        kl, nll = kl_terms(FNS, teacher, params, post_norm, tokens)
-        return jnp.sum(kl), (kl, nll)
-
-    (_, terms), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(post_norm)
-    return *terms, gradient
-
-
-@pytest.mark.parametrize("chunk", [None, 24])
-def test_the_divergence_is_its_formula_however_the_teacher_comes(monkeypatch, chunk):
-    if chunk is not None:
-        monkeypatch.setattr(losses, "VOCAB_CHUNK", chunk)
-    params, student, teacher = head_only("plain")[1], draw_hidden(3), draw_hidden(4)
-    wanted = numpy_kl(teacher, student, params["head"])
-    assert wanted.min() > 0.1
-    every = likeliest(params, VOCAB, teacher)
-    kl, nll, gradient = find_kl(params, student, teacher)
-    np.testing.assert_allclose(kl, wanted, rtol=1e-4)
-    np.testing.assert_allclose(nll, numpy_nll(student @ params["head"], TOKENS), rtol=1e-5)
-    for other in (find_log_probs(FNS, params, teacher), every):
-        came = find_kl(params, student, other)
-        for a, b in zip(came, (kl, nll, gradient), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    # As streamed: float16, and a constant of every token that changes no probability.
-    half = (find_log_probs(FNS, params, teacher).log_probs + 0.25).astype(jnp.float16)
-    np.testing.assert_allclose(find_kl(params, student, LogProbs(half))[0], kl, rtol=0.02)
-
-
-@pytest.mark.parametrize("chunk", [None, 24])
-def test_a_few_likeliest_tokens_bound_the_divergence_from_below(monkeypatch, chunk):
-    if chunk is not None:
-        monkeypatch.setattr(losses, "VOCAB_CHUNK", chunk)
-    params, student, teacher = head_only("plain")[1], draw_hidden(3), draw_hidden(4)
-    whole = numpy_kl(teacher, student, params["head"])
-    probs = np.exp(np.asarray(find_log_probs(FNS, params, teacher).log_probs, np.float64))
-    bounds = [np.zeros_like(whole)]
-    for k in (1, 8, 60):
-        top = likeliest(params, k, teacher)
-        ids = np.argsort(-probs, axis=-1)[..., :k]
-        np.testing.assert_array_equal(top.ids, ids)
-        np.testing.assert_allclose(
-            np.exp(top.rest), 1 - np.take_along_axis(probs, ids, -1).sum(-1), atol=1e-6
-        )
-        kl, _, gradient = find_kl(params, student, top)
-        assert (kl > bounds[-1]).all() and (kl < whole).all()
-        assert bool(jnp.isfinite(gradient).all())
-        bounds.append(kl)
-    assert bounds[1].mean() < 0.5 * whole.mean() < 0.9 * whole.mean() < bounds[-1].mean()
-
-
-def test_a_student_far_from_its_teacher_has_a_finite_divergence_and_gradient(monkeypatch):
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
-    params, far, near = head_only("plain")[1], 1e3 * draw_hidden(3), draw_hidden(4)
-    for student, teacher in ((far, near), (near, far)):
-        wanted = numpy_kl(teacher, student, params["head"])
-        for form in (teacher, likeliest(params, VOCAB, teacher)):
-            kl, _, gradient = find_kl(params, student, form)
-            np.testing.assert_allclose(kl, wanted, rtol=1e-4, atol=1e-3)
-            assert bool(jnp.isfinite(gradient).all())
-
-
-WEIGHTS = {"kl_weight": 0.5, "token_weight": 3.0}
-
-
-def test_a_student_that_predicts_as_its_teacher_has_its_next_token_loss_alone(student):
-    """KL is zero to the bit, forward; its gradient is what rounding leaves of zero."""
-    train, frozen = partition(student)
-
-    @partial(jax.jit, static_argnums=1)
-    @partial(jax.grad, has_aux=True)
-    def run(train, order):
-        params = combine(train, frozen)
-        teacher = FNS.hidden(params, TOKENS)[1][::order]
-        loss, terms = lrec_terms(FNS, teacher, params, TOKENS, reduction="sum", **WEIGHTS)
-        return terms["kl"], (loss, terms)
-
-    def largest(gradients) -> float:
-        return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-
-    gradients, (loss, terms) = run(train, 1)
-    assert terms["kl"] == 0.0
-    assert float(loss) == pytest.approx(3.0 * float(terms["next_token"]), rel=1e-7)
-    assert largest(gradients) < 1e-5
-    gradients, (_, terms) = run(train, -1)
-    assert terms["kl"] > 1.0 and largest(gradients) > 1e-2
-
-
-def test_the_reductions_are_those_of_the_authors_and_mean_is_sum_over_the_tokens(student):
-    """KL is a sum over tokens and CE a mean; a window twice as long doubles KL alone.
-
-    The tokens are said twice one after the other, for a model that looks at one at a time: what
-    differs is the one next token at the seam.
-    """
-    teacher = draw_hidden(4)
-    post_norm = numpy_hidden(student)[1]
-    head = np.asarray(student["head"], np.float64)
-    kl, nll = numpy_kl(teacher, post_norm, head), numpy_nll(post_norm @ head, TOKENS)
-
-    @jax.jit
-    def run(tokens, teacher):
-        train, frozen = partition(jax.tree.map(jnp.asarray, student))
-        train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
-
-        def both(train):
-            each = [
-                lrec(FNS, teacher, combine(train, frozen), tokens, reduction=form, **WEIGHTS)
-                for form in ("sum", "mean")
-            ]
-            return jnp.stack(each), jnp.stack(each)
-
-        gradients, values = jax.jacrev(both, has_aux=True)(train)
-        return values, jax.tree.leaves(gradients)
-
-    (summed, mean), gradients = run(TOKENS, teacher)
-    assert float(summed) == pytest.approx(0.5 * kl.sum() / BATCH + 3.0 * nll.mean(), rel=1e-5)
-    assert float(mean) == pytest.approx(float(summed) / LENGTH, rel=1e-6)
-    for gradient in gradients:
-        np.testing.assert_allclose(LENGTH * gradient[1], gradient[0], rtol=1e-4, atol=1e-6)
-    twice = np.concatenate([TOKENS, TOKENS], axis=1)
-    (summed_twice, _), _ = run(twice, np.concatenate([teacher, teacher], axis=1))
-    seam = numpy_nll((post_norm @ head)[:, [-1, -1]], TOKENS[:, [-1, 0]])[:, 0]
-    nll_twice = (2 * nll.sum(1) + seam).mean() / (2 * LENGTH - 1)
-    wanted = 2 * 0.5 * kl.sum() / BATCH + 3.0 * nll_twice
-    assert float(summed_twice) == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize("form", ["hidden", "top"])
-def test_no_divergence_holds_an_array_as_wide_as_the_vocabulary_in_chunks(monkeypatch, form):
-    params = head_only("plain")[1]
-    post_norm = jax.ShapeDtypeStruct((BATCH, LENGTH, D), jnp.float32)
-
-    def trace() -> str:
-        def run(student, teacher):
-            if form == "top":
-                teacher = find_top(FNS, params, teacher, 5)
-            return jnp.sum(kl_terms(FNS, teacher, params, student, TOKENS)[0])
-
-        return str(jax.make_jaxpr(jax.grad(run))(post_norm, post_norm))
-
-    wide, narrow = (f"f32[{BATCH},{LENGTH},{width}]" for width in (VOCAB, 24))
     assert wide in trace()
     monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
     assert wide not in trace() and narrow in trace()
