@@ -71,7 +71,7 @@ def analyze(folder, **more):
     } | more
     return analyze_ranks(
         model=str(folder / "model"), calib=str(folder / "calib.npy"),
-        text=str(folder / "dev.npy"), out=folder / "out", seqlen=SEQLEN, windows=8, **arguments,
+        text=str(folder / "dev.npy"), out=folder / "out", **arguments,
     )  # fmt: skip
 
 

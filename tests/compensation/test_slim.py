@@ -83,7 +83,7 @@ def test_rounding_the_adapter_costs_little_and_its_bits_are_counted():
     plain, rounded = (compress(DEPLOYED + tail) for tail in ("", " | quantize_adapter()"))
     assert saliency_error(plain) < saliency_error(rounded) < 1.1 * saliency_error(plain)
     (correction,) = rounded.corrections
-    assert isinstance(correction, QuantizedLowRank) and correction.rank == round(0.1 * D_OUT)
+    assert isinstance(correction, QuantizedLowRank) and correction.rank == int(0.1 * D_OUT)
     # Of 4 weights two of 4 bits and their places; one scale; 4 bits a number and 2 scales.
     base = D_IN * D_OUT * 3 + 32
     adapter = correction.rank * ((D_IN + D_OUT) * 4 + 2 * 16)

@@ -28,6 +28,9 @@ MODELS = ("babyllama", "xs279k")
 SEQLEN, WINDOWS, SCORED = 256, 320, 128
 BASES = {"rtn": "rtn(bits=2, group_size=32)", "gptq": "gptq(bits=2, group_size=32)"}
 SLIM = "slim_quant(bits=4) | wanda(sparsity='2:4')"
+HISTOGRAM = "slim_quant(bits=4, search='integral') | wanda(sparsity='2:4')"
+# LoftQ as its authors' code has it: nothing in 16 bits, the last of its turns.
+FLOAT32 = "quantizer=rtn(bits=2, group_size=32, scale_dtype='float32'), dtype='float32'"
 GRID = "bits=2, group_size=32, rank=16"
 
 # What is put after a base; {base} is the base itself, where a method takes it inside.
@@ -58,11 +61,13 @@ ALONE = {
     "apiq, linear": f"apiq({GRID}, scope='linear')",
     "apiq, block": f"apiq({GRID}, scope='block')",
     "apiq, block, then rilq": f"apiq({GRID}, scope='block') | rilq()",
+    "loftq, float32, last turn": f"loftq(rank=16, {FLOAT32}, keep='last')",
     "block_ap": "block_ap(bits=2, group_size=32)",
     "block_ap | e2e_qp": "block_ap(bits=2, group_size=32) | e2e_qp()",
     "slim 4-bit 2:4, no adapter": SLIM,
     "slim 4-bit 2:4, naive_lora": f"{SLIM} | naive_lora(rank=0.1)",
     "slim 4-bit 2:4": f"{SLIM} | slim_lora(rank=0.1)",
+    "slim 4-bit 2:4, clip by histogram": f"{HISTOGRAM} | slim_lora(rank=0.1)",
     "slim 4-bit 2:4, 4-bit adapters": f"{SLIM} | slim_lora(rank=0.1) | quantize_adapter(bits=4)",
 }  # fmt: skip
 # Row of ours -> methods of the reference, any of which it is held against.
@@ -74,6 +79,7 @@ REFERENCE = {
     ("eora", "rtn"): ("EoRA on rtn_w2",),
     ("eora", "gptq"): ("EoRA on gptq_w2",),
     ("loftq", "rtn"): ("LoftQ W2 uniform asym g32",),
+    ("loftq, float32, last turn", "rtn"): ("LoftQ W2 uniform asym g32",),
     ("rilq", "rtn"): ("RILQ on rtn_w2",),
     ("rilq", "gptq"): ("RILQ on gptq_w2",),
     ("apiq, block", "rtn"): ("ApiQ-bw W2",),
@@ -82,6 +88,7 @@ REFERENCE = {
     ("slim 4-bit 2:4, no adapter", "rtn"): ("SLiM-Quant4 + Wanda 2:4",),
     ("slim 4-bit 2:4, naive_lora", "rtn"): ("SLiM-Quant4 + Wanda 2:4 + naive LoRA",),
     ("slim 4-bit 2:4", "rtn"): ("SLiM-Quant4 + Wanda 2:4 + SLiM-LoRA",),
+    ("slim 4-bit 2:4, clip by histogram", "rtn"): ("SLiM-Quant4 + Wanda 2:4 + SLiM-LoRA",),
 }
 NAMES = ("bits_per_weight", "ppl", "kl", "train_mse", "held_out_mse", "seconds", "update",
          "peak_rss_mb")  # fmt: skip
