@@ -243,6 +243,7 @@ class Driver:
             mesh=self.mesh,
             session=session,
             scratch=self.run.folder / "scratch.bin",
+            outer=None if self.run.load_outer(phase - 1) is None else self.outer,
         )
         solution = step.run(problem)
         session.close()

@@ -175,6 +175,22 @@ def test_a_model_step_sees_the_student_the_text_and_the_teacher_s_last_state(fol
     assert small.report["fits"][0]["notes"] == ["looked"]
 
 
+def test_a_model_step_after_one_that_trained_the_norm_has_the_teacher_s(folder, teacher):
+    def double(problem):
+        norm = jax.tree.map(lambda array: 2 * array, problem.params["norm"])
+        return ModelSolution({**problem.params, "norm": norm}, (Evaluation(0, None, 1.0),), 0)
+
+    seen = []
+    look = make_model_step(seen.append)
+    recipe = Recipe((look, dataclasses.replace(look, name="double", run=double), look))
+    lqec.compress(folder / "model", recipe, TOKENS, seqlen=SEQLEN)
+    before, after = seen
+    assert before.outer is None
+    (norm,) = jax.tree.leaves(teacher.params["norm"])
+    for params, times in ((before.params, 1), (after.params, 2), (after.outer, 1)):
+        np.testing.assert_array_equal(jax.tree.leaves(params["norm"])[0], times * norm)
+
+
 # ---- refusals and reports
 
 

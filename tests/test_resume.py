@@ -30,6 +30,8 @@ from tests.golden.tiny_checkpoint import (
 STREAMED = "rtn(bits=3, group_size=32, clip_search='output')"
 TRAINED = f"{STREAMED} | {RILQ}"
 BLOCKWISE = "apiq(bits=3, group_size=32, rank=1, epochs=1, batch=4) | svd(rank=1)"
+SHORT = "updates=12, batch=4, eval_every=4, patience=0"
+TUNED = f"{RTN} | lrec(rank=2, logits='streamed', {SHORT}) | finetune({SHORT})"
 WEIGHTS = "model.safetensors"
 
 KILLED = """
@@ -55,6 +57,11 @@ BEFORE_COMMIT = "Run, 'commit', lambda _, **changes: changes.get('blocks') == 4"
 # In the second block, whose training has begun.
 IN_BLOCK_STEP = "driver.Driver, '_show_block', lambda _, layer, done, *__: (layer, done) == (1, 2)"
 IN_UPDATE = "driver.StepSession, 'progress', lambda _, done, *__: done == 30"
+IN_LREC, IN_FINETUNE = (
+    "driver.StepSession, 'progress', lambda session, done, *__: "
+    f"(session._step.name, done) == ({name!r}, 7)"
+    for name in ("lrec", "finetune")
+)
 BEFORE_RENAME = "Run, 'finish', lambda *_: True"
 
 
@@ -112,6 +119,19 @@ def test_a_run_killed_three_times_ends_in_the_same_bytes(folder, capfd):
     assert lines == ["calibration: 10 windows of 32 tokens, 2 more for validation"]
     assert not partial.exists()
     check_equal(folder, "killed", "trained")
+
+
+def test_every_training_of_a_chain_goes_on_where_it_was_killed(folder, capfd):
+    assert main([*command(folder, "tuned", TUNED), "--quiet"]) == 0
+    arguments = command(folder, "cut short", TUNED)
+    kill(arguments, IN_LREC)
+    lines = kill([*arguments, "--resume"], IN_FINETUNE)
+    assert first_of("lrec", lines) in {"lrec: 0/12", "lrec: 4/12"}
+    assert main([*arguments, "--resume"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert first_of("lrec", lines) is None
+    assert first_of("finetune", lines) in {"finetune: 0/12", "finetune: 4/12"}
+    check_equal(folder, "cut short", "tuned")
 
 
 def test_a_block_that_was_not_committed_is_made_again(folder, capfd):

@@ -52,7 +52,7 @@ PAPER = {"alpha": 16.0, "epochs": 20, "batch": 1, "clip_lr": 5e-3, "lr": 5e-4,
 # model's width.
 OURS = {"alpha": 16.0, "epochs": 5, "batch": 2, "clip_lr": 0.05, "lr": None,
         "weight_decay": 0.1, "decay": "cosine"}  # fmt: skip
-FASTER = 3.0
+LR_TIMES_WIDTH = 0.768
 RATES = ("alpha", "clip_lr", "lr", "weight_decay", "decay")
 PRESETS = {"ours": OURS, "paper": PAPER}
 
@@ -109,8 +109,9 @@ def make_optimizer(settings: tuple, width: int, updates: int) -> optax.GradientT
         clip_lr = optax.cosine_decay_schedule(clip_lr, updates)
     kinds = {
         "clips": optax.adamw(clip_lr, weight_decay=chosen["weight_decay"]),
-        # The rate is over the width, so that of a third of it is thrice as large.
-        "adapters": adapters.make_optimizer({**chosen, "updates": updates}, width / FASTER),
+        "adapters": adapters.make_optimizer(
+            {**chosen, "updates": updates, "lr_times_width": LR_TIMES_WIDTH}, width
+        ),
     }
     return optax.multi_transform(kinds, _label)
 

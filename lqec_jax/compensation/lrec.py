@@ -170,6 +170,11 @@ def train(problem: ModelProblem, settings: Mapping[str, Any]) -> ModelSolution:
 def make_objective(problem: ModelProblem, settings: Mapping[str, Any]) -> Objective:
     """Returns LREC's loss over the calibration windows; writes the teacher's predictions first."""
     fns, token_weight = problem.fns, settings["token_weight"]
+    if settings["logits"] == "recomputed" and problem.outer is not None:
+        raise InputError(
+            "lrec: logits='recomputed' reads both models by one head, and an earlier step has "
+            "trained the student's; use 'streamed' or 'top_k'"
+        )
     if token_weight is None:
         token_weight = TOKEN_SHARE * problem.train.shape[1]
 
@@ -255,7 +260,9 @@ def _keep(problem: ModelProblem, dtype: np.dtype, each: tuple[int, ...]) -> np.n
 
 def _answer(problem: ModelProblem, find: Callable, cut: list[slice]):
     """Yields runs of windows and what `find` says of the teacher's hidden states there."""
-    outer = {name: value for name, value in problem.params.items() if name != "blocks"}
+    outer = problem.outer or {
+        name: value for name, value in problem.params.items() if name != "blocks"
+    }
     compiled = jax.jit(find)
     for rows in cut:
         yield rows, jax.device_get(compiled(outer, np.asarray(problem.teacher[rows])))

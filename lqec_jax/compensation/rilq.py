@@ -166,11 +166,16 @@ def train(problem: ModelProblem, settings: Mapping[str, Any]) -> ModelSolution:
 def make_objective(problem: ModelProblem, settings: Mapping[str, Any]) -> Objective:
     """Returns RILQ's loss over the calibration windows and the teacher's cached states."""
     fns, target = problem.fns, settings["target"]
+    if target == "logits" and problem.outer is not None:
+        raise InputError(
+            "rilq: target='logits' reads both models by one head, and an earlier step has trained "
+            "the student's; use 'post_norm'"
+        )
 
     def loss(params: Params, batch: dict) -> tuple[jax.Array, dict]:
         teacher = batch["teacher"]
         if target == "post_norm":
-            teacher = fns.norm(params, teacher)
+            teacher = fns.norm(problem.outer or params, teacher)
         return rilq_terms(
             fns, teacher, params, batch["tokens"], target=target,
             model_weight=settings["model_weight"], token_weight=settings["token_weight"],

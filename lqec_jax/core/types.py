@@ -194,6 +194,8 @@ class ModelProblem:
       session: keeps and restores training state; see `train.fit.Session`.
       scratch: a file in which the step may keep one array of what it needs of the teacher; None
         where that may be held in memory.
+      outer: the teacher's embedding, norm and head, where an earlier step has given the student
+        others; None where both have the same.
     """
 
     fns: ModelFns
@@ -205,6 +207,7 @@ class ModelProblem:
     mesh: Any = None
     session: Any = None
     scratch: Any = None
+    outer: Params | None = None
 
 
 @dataclass(frozen=True)

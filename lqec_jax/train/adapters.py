@@ -22,6 +22,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.train.fit import Objective, Schedule, fit
 from lqec_jax.train.sharding import DATA
 from lqec_jax.train.update import count_parts
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, LowRank
 
 # A learning rate of None is this over the model's width, see `make_optimizer`.
@@ -171,7 +172,7 @@ def make_optimizer(settings: Mapping[str, Any], width: int) -> optax.GradientTra
     b, and b moves alpha/rank times as far as B. Decoupled weight decay shrinks both alike and needs
     no factor; a coupled one, `coupled` in the settings, adds weight_decay · (A, B) to the gradients
     of A and B instead. A learning rate of None is `LR_TIMES_WIDTH` / width / (alpha/rank), by which
-    b moves as far at every rank.
+    b moves as far at every rank; `lr_times_width` in the settings stands for the constant.
 
     A pooled adapter is trained as y += (alpha/rank) (Σ x A) B, with sums where it takes means: its
     a is `pool` A, so that its matrix moves as far at every weight as one that is not pooled.
@@ -182,7 +183,7 @@ def make_optimizer(settings: Mapping[str, Any], width: int) -> optax.GradientTra
     )
     moved = into_b
     if lr is None:  # b moves by the same at every rank, a by more where B counts for less
-        lr = LR_TIMES_WIDTH / width
+        lr = settings.get("lr_times_width", LR_TIMES_WIDTH) / width
         moved = _scale(
             lambda leaf: _with_factors(leaf, leaf.a * (leaf.pool * leaf.rank / alpha), leaf.b)
         )
@@ -273,13 +274,19 @@ def add_adapter(
         any direction (a small Llama after 150 updates: perplexity 3.33; with a normal one 3.45).
       new_rank: for a rank of None.
     Raises:
-      InputError: `rank` or `pool` is not that of the adapters there, `rank` is larger than the
-        weight allows, or the base has no grid to pool over.
+      InputError: `rank` or `pool` is not that of the adapters there, those there are rounded and
+        no rank is given for new ones, `rank` is larger than the weight allows, or the base has no
+        grid to pool over.
     """
     size = find_grid(method, leaf).group_size if pool else 1
     if present := find_adapters(leaf):
         _check_present(method, leaf, present, rank, size)
         return leaf
+    if rank is None and any(isinstance(c, QuantizedLowRank) for c in leaf.corrections):
+        raise InputError(
+            f"{method}: the adapters here are rounded, which only finetune trains; put "
+            f"quantize_adapter after {method}, or give rank={new_rank} for new ones beside them"
+        )
     r = _find_rank(method, leaf, new_rank if rank is None else rank, size)
     shape = (*leaf.stack_shape, leaf.d_in // size, r)
     if size > 1 and r == leaf.d_in // size:

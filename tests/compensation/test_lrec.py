@@ -94,6 +94,17 @@ def test_the_loss_is_its_formula(problem):
     assert find_loss(problem) == pytest.approx(LENGTH * (kl + TOKEN_SHARE * nll), rel=1e-5)
 
 
+def test_a_teacher_is_read_by_its_own_head(problem):
+    outer = {"embed": TEACHER["embed"]}
+    params = {**problem.params, "embed": 2 * TEACHER["embed"]}
+    changed = dataclasses.replace(problem, params=params, outer=outer)
+    objective = make_objective(changed, lrec(logits="streamed").arguments)
+    found = objective.batch(np.arange(TRAIN))["teacher"].log_probs
+    np.testing.assert_allclose(found, numpy_log_probs(problem.teacher[:TRAIN]), 2e-3, 1e-6)
+    with pytest.raises(InputError, match="lrec: logits='recomputed' reads both models by one head"):
+        make_objective(changed, lrec().arguments)
+
+
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_the_teacher_may_come_from_disk(problem, tmp_path, place):
     scratch = tmp_path / "scratch.bin"

@@ -102,6 +102,24 @@ def test_the_loss_is_its_formula(problem, target):
     assert float(loss) == pytest.approx(float(by_terms), rel=1e-6)
 
 
+def test_a_teacher_is_read_by_its_own_norm(problem):
+    fns = dataclasses.replace(FNS, norm=lambda params, h: params["gain"] * FNS.norm(None, h))
+    student = {**problem.params, "gain": jnp.float32(2)}
+    outer = {"embed": TEACHER["embed"], "gain": jnp.float32(1)}
+    batch = {"tokens": problem.val, "teacher": problem.teacher[TRAIN:]}
+
+    def find_loss(**changes) -> float:
+        changed = dataclasses.replace(problem, **changes)
+        return float(make_objective(changed, rilq().arguments).loss(changed.params, batch)[0])
+
+    own = find_loss(fns=fns, params=student, outer=outer)
+    assert own == pytest.approx(find_loss(), rel=1e-6)
+    assert abs(find_loss(fns=fns, params=student) / own - 1) > 0.05
+    with pytest.raises(InputError, match="rilq: target='logits' reads both models by one head"):
+        changed = dataclasses.replace(problem, outer=outer)
+        make_objective(changed, rilq(target="logits").arguments)
+
+
 def test_training_begins_at_the_bare_model(problem, trained):
     start = trained.history[0]
     assert (start.update, start.train_loss) == (0, None)

@@ -23,6 +23,7 @@ from lqec_jax.train.adapters import (
     store_adapters,
 )
 from lqec_jax.train.update import init_state, make_update
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 
 D, FF = 16, 24
@@ -48,6 +49,14 @@ def test_a_new_adapter_changes_nothing_and_an_old_one_stays():
     assert add_adapter("rilq", new, None, jax.random.key(1)) is new
     with pytest.raises(InputError, match="rilq: rank=8 was asked for, but there are adapters of"):
         add_adapter("rilq", new, 8, jax.random.key(1))
+
+
+def test_rounded_adapters_are_neither_trained_nor_doubled_unasked():
+    rounded = QuantizedLowRank.round(draw(D, 4), draw(4, FF), bits=4, group_size=8)
+    with pytest.raises(InputError, match="rilq: the adapters here are rounded, which only finetun"):
+        add_adapter("rilq", leaf_of(rounded), None, jax.random.key(0))
+    beside = add_adapter("rilq", leaf_of(rounded), 2, jax.random.key(0))
+    assert beside.corrections[0] is rounded and find_adapters(beside)[0].rank == 2
 
 
 def test_without_a_rank_it_is_the_default_and_must_fit():

@@ -1,0 +1,96 @@
+"""The repack: the same weight to the bit, the same gradients, and all else left alone."""
+
+import dataclasses
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lqec_kernels import Affine, Codebook, CompressedLinear, Dense, LowRank, Planes, prepare
+from lqec_kernels.api import packed_matmul
+
+KINDS = ("symmetric", "packed", "floating", "whole")
+
+
+@lru_cache
+def draw_affine(kind: str, bits: int, d_in: int = 320, lead: tuple = ()) -> Affine:
+    random = np.random.RandomState(bits)
+    codes = random.randint(0, 2**bits, (*lead, d_in, 10)).astype(np.uint8)
+    group = d_in if kind == "whole" else d_in // 5
+    shape = (*lead, 1, 1) if kind == "whole" else (*lead, 5, 10)
+    scales = (0.01 + random.rand(*shape)).astype(np.float16)
+    zeros = {
+        "packed": random.randint(0, 2**bits, shape).astype(np.uint8),
+        "floating": (random.rand(*shape) * 2**bits).astype(np.float16),
+    }.get(kind)
+    return jax.jit(partial(Affine.from_codes, bits=bits, group_size=group))(codes, scales, zeros)
+
+
+@jax.jit
+def dense_of(base):
+    return base.dense()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "d_in"),
+    [*((kind, 3, 320) for kind in KINDS), ("packed", 2, 40), ("packed", 8, 85), ("whole", 4, 512)],
+)
+def test_is_the_same_weight_to_the_bit(kind, bits, d_in):
+    base = draw_affine(kind, bits, d_in)
+    planes = prepare(base)
+    assert type(planes) is Planes
+    assert (planes.d_in, planes.d_out, planes.group_size) == (d_in, 10, base.group_size)
+    np.testing.assert_array_equal(dense_of(planes), dense_of(base))
+
+
+@pytest.mark.parametrize("kind", ["packed", "whole"])
+def test_a_stack_is_prepared_whole(kind):
+    stack = prepare(draw_affine(kind, 3, lead=(2,)))
+    np.testing.assert_array_equal(dense_of(stack), dense_of(draw_affine(kind, 3, lead=(2,))))
+    one = prepare(jax.tree.map(lambda leaf: leaf[1], draw_affine(kind, 3, lead=(2,))))
+    for part, whole in zip(jax.tree.leaves(one), jax.tree.leaves(stack), strict=True):
+        np.testing.assert_array_equal(part, whole[1])
+
+
+def test_products_and_gradients_are_those_of_what_was_stored():
+    base = draw_affine("floating", 3)
+    random = np.random.RandomState(0)
+    x = random.standard_normal((4, 320)).astype(np.float32)
+
+    @jax.jit
+    def gradients(floats, x, base):
+        def loss(floats, x):
+            names = ("scales", "zeros" if isinstance(base, Affine) else "offsets")
+            whole = dataclasses.replace(base, **dict(zip(names, floats, strict=True)))
+            return jnp.sum(jnp.sin(packed_matmul(x, whole)))
+
+        return jax.value_and_grad(loss, (0, 1))(floats, x)
+
+    floats = (base.scales.astype(jnp.float32), base.zeros.astype(jnp.float32))
+    came, wanted = gradients(floats, x, prepare(base)), gradients(floats, x, base)
+    for a, b in zip(jax.tree.leaves(came), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_tree_gets_other_bases_and_keeps_all_else():
+    adapter = LowRank(jnp.ones((320, 2)), jnp.ones((2, 10)))
+    leaf = CompressedLinear(draw_affine("packed", 2), (adapter,))
+    book = Codebook.from_codes(
+        np.zeros((320, 10), np.uint8), None, table="nf4", group_size=320, d_in=320
+    )
+    five = dataclasses.replace(draw_affine("packed", 4), bits=5)
+    tree = {"blocks": ({"q": leaf, "norm": jnp.ones(3)},), "head": book, "five": five}
+    came = prepare(tree)
+    assert type(came["blocks"][0]["q"].base) is Planes
+    assert came["blocks"][0]["q"].corrections == (adapter,)
+    assert came["blocks"][0]["norm"] is tree["blocks"][0]["norm"]
+    assert came["head"] is book and came["five"] is five
+    assert jax.tree.structure(prepare(came)) == jax.tree.structure(came)
+    assert prepare(Dense(jnp.ones((2, 2)))).w.shape == (2, 2)
+
+
+def test_sizes_are_known_before_the_first_byte():
+    shapes = jax.eval_shape(prepare, draw_affine("packed", 3))
+    assert shapes.stored_bits() == prepare(draw_affine("packed", 3)).stored_bits()
