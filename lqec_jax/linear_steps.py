@@ -20,6 +20,8 @@ from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.recipe import Recipe
 from lqec_kernels.formats import CompressedLinear, Dense
 
+WORSE = "the adapter raises the error that it is to lower; it is kept as it was asked for"
+
 
 def apply_steps(
     name: str, steps: Sequence[Step], problem: LinearProblem, leaf: CompressedLinear
@@ -34,15 +36,20 @@ def apply_steps(
     """
     entries = []
     for step in steps:
+        had = len(leaf.corrections)
         try:
             leaf, facts, before, after = _jitted(step)(problem, leaf)
         except InputError as error:
             raise InputError(f"{error} (at {name})") from error
         if not np.isfinite(after):
             raise FloatingPointError(f"{step.name} made {name} non-finite ({step} -> {after})")
+        notes = _notes(step, facts)
+        # Before a step that quantizes too, the error is that of the dense weight: 0.
+        if len(leaf.corrections) > had and after > before > 0:
+            notes.append(WORSE)
         entries.append(
             {"method": step.name, "objective": step.objective_name, "before": float(before),
-             "after": float(after), "notes": _notes(step, facts)}
+             "after": float(after), "notes": notes}
         )  # fmt: skip
     return leaf, {**describe(name, problem.w, leaf), "steps": entries}
 

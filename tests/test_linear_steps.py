@@ -8,10 +8,10 @@ import pytest
 
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
-from lqec_jax.linear_steps import apply_steps, preview
+from lqec_jax.linear_steps import WORSE, apply_steps, preview
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import parse_recipe
-from lqec_kernels.formats import CompressedLinear, Dense
+from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from tests.train.tiny import make_config
 
 RECIPE = "rtn(bits=2, group_size=32) | svd(rank=4)"
@@ -36,6 +36,19 @@ def test_the_report_follows_the_objective(problem):
     assert report["relative_error"] == pytest.approx(float(error), rel=1e-5)
     assert report["bits_per_weight"] == leaf.bits_per_weight
     assert (report["d_in"], report["d_out"]) == (64, 48)
+
+
+def test_an_adapter_that_is_worse_than_none_is_said_to_be(problem):
+    def spoil(problem, leaf):
+        away = leaf.base.dense()[:, :1] - problem.w[:, :1]
+        return dataclasses.replace(leaf, corrections=(LowRank(away, jnp.ones((1, 48))),))
+
+    *steps, svd = parse_recipe(RECIPE).steps
+    leaf = CompressedLinear(Dense(problem.w))
+    for run, said in ((svd.run, []), (spoil, [WORSE])):
+        last = dataclasses.replace(svd, run=run)
+        _, report = apply_steps("blocks/0/attn/q", [*steps, last], problem, leaf)
+        assert [step["notes"] for step in report["steps"]] == [[], said]
 
 
 def test_a_refusal_names_the_weight(problem):

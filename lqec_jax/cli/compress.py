@@ -1,6 +1,7 @@
 """`lqec compress`: the main job, and what it would make (`--dry-run`)."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,7 +152,19 @@ def _print_report(report: Mapping[str, Any], out: Path) -> None:
         )
         for note in fit["notes"]:
             print_line(f"{name}: {note}")
+    for (name, note), count in _count_notes(report["linears"]).items():
+        print_line(f"{name}: {note} ({count} of {len(report['linears'])} linears)")
     print_line(f"written to {out}")
+
+
+def _count_notes(linears: Sequence[Mapping[str, Any]]) -> Counter:
+    """Returns (method, note) -> of how many weights it was said."""
+    return Counter(
+        (step["method"], note)
+        for linear in linears
+        for step in linear["steps"]
+        for note in step["notes"]
+    )
 
 
 def _dry_run(model, out: Path, chosen, *, resume, overwrite, json) -> None:
