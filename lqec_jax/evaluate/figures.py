@@ -90,6 +90,7 @@ def draw_pareto(name: str, rows: Sequence[Mapping[str, Any]], teacher: float | N
 
     Args:
       rows: {number, family, bits_per_weight, ppl}; one colour a family, the number beside a point.
+        More families than there are colours have one together: their numbers tell them apart.
       teacher: its perplexity, a dotted line.
     """
     with _drawing(name, "bits per weight", "perplexity") as (axes, finish):
@@ -97,8 +98,15 @@ def draw_pareto(name: str, rows: Sequence[Mapping[str, Any]], teacher: float | N
         front = find_front([(row["bits_per_weight"], row["ppl"]) for row in shown])
         if front:
             axes.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=1, zorder=1)
-        for number, family in enumerate(dict.fromkeys(row["family"] for row in shown)):
-            points = [(r["bits_per_weight"], r["ppl"]) for r in shown if r["family"] == family]
+        families = {row["number"]: row["family"] for row in shown}
+        if len(set(families.values())) > len(SERIES):
+            families = dict.fromkeys(families, "a row of the table")
+        for number, family in enumerate(dict.fromkeys(families.values())):
+            points = [
+                (row["bits_per_weight"], row["ppl"])
+                for row in shown
+                if families[row["number"]] == family
+            ]
             marker = MARKERS[number % len(MARKERS)]
             color = SERIES[number % len(SERIES)]
             axes.plot(*zip(*points, strict=True), marker, color=color, label=family)

@@ -100,6 +100,17 @@ def test_the_pareto_plot_numbers_its_points_and_leaves_out_what_is_not_finite():
     assert "9" not in shown
 
 
+def test_more_families_than_colours_are_told_apart_by_number_alone():
+    rows = [
+        {"number": n, "family": f"method {n}", "bits_per_weight": 2 + n / 10, "ppl": 3.0 + n}
+        for n in range(80)
+    ]
+    named, shown = (set(texts(draw_pareto("plot", rows[:n], 2.4))) for n in (8, 80))
+    assert {"method 0", "method 7"} <= named and "a row of the table" not in named
+    assert {"0", "79", "a row of the table", "teacher"} <= shown
+    assert not any(text.startswith("method") for text in shown)
+
+
 def test_the_front_is_what_no_other_row_beats():
     points = [(4, 6.0), (2, 9.0), (3, 5.0), (3, 7.0), (5, 5.0), (6, 4.0)]
     assert find_front(points) == [(2, 9.0), (3, 5.0), (6, 4.0)]
