@@ -29,6 +29,7 @@ _NAMES = {
     "plan": "lqec_jax.planning.plan:plan",
     "quantize": "lqec_jax.api:quantize",
     "quantize_tree": "lqec_jax.foreign.quantize:quantize_tree",
+    "repack": "lqec_jax.api:repack",
     "save": "lqec_jax.api:save",
     "train": "lqec_jax.train",
     "verify": "lqec_jax.api:verify",

@@ -1,5 +1,6 @@
 """The verbs as functions: load, compress, score, save; `quantize` for a single matrix."""
 
+import dataclasses
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from lqec_jax.calibration.collect import collect
 from lqec_jax.calibration.data import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import stack_blocks
+from lqec_jax.core.tree import is_compressed, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.driver import Driver
 from lqec_jax.errors import InputError
@@ -29,6 +30,8 @@ from lqec_jax.linear_steps import apply_steps
 from lqec_jax.models.model import Model
 from lqec_jax.prepare import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
 from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_kernels import prepare as to_kernels
+from lqec_kernels.capability import PREPARED
 from lqec_kernels.formats import CompressedLinear, Dense
 
 
@@ -58,6 +61,18 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
         folder=checkpoint.folder,
         dtype=resolve_dtype(dtype),
     )
+
+
+def repack(model: Model) -> Model:
+    """Puts weights in the order in which kernels read them, once, before generation.
+
+    The same numbers to the bit; see `lqec_kernels.prepare`. The result is for products, not for
+    disk: save the model that it was made of.
+
+    Example:
+      >>> model = repack(load("small"))
+    """
+    return dataclasses.replace(model, params=to_kernels(model.params))
 
 
 def logits(model: Model, tokens: Any) -> jax.Array:
@@ -269,6 +284,7 @@ def finetune(
 
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
+    _check_stored("save", model)
     return save_artifact(model, out, overwrite=overwrite)
 
 
@@ -291,6 +307,7 @@ def export(
       >>> export(small, "small-adapter", "peft", base="small-base")
     """
     model = model if isinstance(model, Model) else load(model)
+    _check_stored("export", model)
     return export_model(model, out, format, **options)
 
 
@@ -310,6 +327,15 @@ def verify(out: str | Path, against: Model | str | Path | None = None) -> Verifi
         raise InputError(f"verify: {out} was exported from memory; give the model (--against)")
     against = named if against is None else against
     return verify_export(out, against if isinstance(against, Model) else load(against))
+
+
+def _check_stored(verb: str, model: Model) -> None:
+    leaves = jax.tree.leaves(model.params, is_leaf=is_compressed)
+    if any(is_compressed(leaf) and isinstance(leaf.base, PREPARED) for leaf in leaves):
+        raise InputError(
+            f"{verb}: the weights are repacked for kernels, which no file holds; give the model "
+            "that `repack` was given"
+        )
 
 
 def _finish(run: Run, model: Model) -> Model:

@@ -61,6 +61,18 @@ def test_perplexity_is_that_of_the_logits(model):
     assert lqec.perplexity(model, windows, seqlen=SEQLEN) == score
 
 
+def test_a_repacked_model_answers_the_same_and_is_not_for_disk(small, folder):
+    repacked = lqec.repack(small)
+    assert jax.tree.structure(repacked.params) != jax.tree.structure(small.params)
+    windows = TOKENS.reshape(-1, SEQLEN)
+    np.testing.assert_allclose(
+        lqec.logits(repacked, windows), lqec.logits(small, windows), atol=1e-5
+    )
+    for write in (lqec.save, lqec.export):
+        with pytest.raises(InputError, match="repacked for kernels"):
+            write(repacked, folder / "repacked")
+
+
 def test_perplexity_says_how_far_it_is(model):
     said = []
 

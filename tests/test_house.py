@@ -130,10 +130,12 @@ def test_imports_go_down_the_ladder():
 
 
 def test_kernels_depend_on_jax_only():
+    # numpy comes with jax; Triton's kernels are written in one package and called by another.
+    more = {"triton_source.py": {"triton"}, "triton_matmul.py": {"jax_triton"}}
     for path in KERNELS:
         packages = {module.partition(".")[0] for module in imported(parse(path))}
-        # numpy comes with jax.
-        assert packages - sys.stdlib_module_names <= {"jax", "numpy", "lqec_kernels"}, path
+        known = {"jax", "numpy", "lqec_kernels"} | more.get(path.name, set())
+        assert packages - sys.stdlib_module_names <= known, path
 
 
 def test_flax_is_imported_by_models_only():
@@ -150,7 +152,11 @@ def test_flax_is_imported_by_models_only():
 
 
 def test_optional_packages_are_imported_where_they_are_needed():
-    wrong = {name_of(path): imported_at_top(parse(path)) & LAZY for path in SOURCES}
+    # Triton compiles a kernel from its module, which `triton_matmul` imports where it calls one.
+    source = ROOT / "kernels/lqec_kernels/triton_source.py"
+    wrong = {
+        name_of(path): imported_at_top(parse(path)) & LAZY for path in SOURCES if path != source
+    }
     assert not {name: packages for name, packages in wrong.items() if packages}
 
 

@@ -5,13 +5,15 @@ without ever holding a dense weight, `api` chooses an implementation.
 """
 
 from lqec_kernels.adapters import QuantizedLowRank
-from lqec_kernels.api import packed_matmul
+from lqec_kernels.api import packed_matmul, use
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
 from lqec_kernels.inputs import InputGrid
 from lqec_kernels.outliers import Outliers
 from lqec_kernels.packing import pack, unpack
+from lqec_kernels.planes import Planes
+from lqec_kernels.prepare import prepare
 from lqec_kernels.sums import Sum
 from lqec_kernels.transforms import ChannelScale, Hadamard
 
@@ -27,9 +29,12 @@ __all__ = [
     "InputGrid",
     "LowRank",
     "Outliers",
+    "Planes",
     "QuantizedLowRank",
     "Sum",
     "pack",
     "packed_matmul",
+    "prepare",
     "unpack",
+    "use",
 ]

@@ -1,17 +1,25 @@
 """One product for every format and every implementation."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lqec_kernels.capability import IMPLEMENTATIONS, ORDER, why_not
 from lqec_kernels.formats import Base, LowRank
-from lqec_kernels.reference import tiled_matmul
+from lqec_kernels.prepare import can_prepare, prepare
+from lqec_kernels.reference import tiled_matmul, vary_alike
 
-IMPLEMENTATIONS = ("xla",)
 # What taking an input into a mean costs, in multiply-adds: on a CPU, over 128 to 352 inputs.
 MEANS = 4
+
+_log = logging.getLogger(__name__)
+# jit, which remembers programs by their arguments, remembers them by this too.
+_in_use = jax.make_user_context(default_value=())
 
 
 def packed_matmul(
@@ -26,27 +34,133 @@ def packed_matmul(
 
     Args:
       x: floating [..., d_in].
-      base: a format of `formats`, unstacked.
+      base: a format of `formats`, unstacked. Kernels read what `prepare` makes of it; asked for by
+        name, they repack an Affine in the program, at every call.
       corrections: operators with `apply(x)`, such as LowRank.
-      implementation: 'xla', or 'auto', which is 'xla' until there are others.
+      implementation: 'xla', in plain XLA, see `reference`; 'pallas', interpreted on a CPU and
+        Mosaic's on a TPU; 'triton', for NVIDIA GPUs; 'pallas_triton', the Pallas kernel on them,
+        deprecated by jax 0.11; or 'auto', what `use` says, else the first that the platform has
+        and the base is prepared for (`capability.ORDER`), which is logged once.
       shards: see `tiled_matmul`.
     Returns:
-      [..., d_out] of x.dtype; sums are float32.
+      [..., d_out] of x.dtype; sums are float32. Differentiable in x, the corrections and the base's
+      floating arrays, through XLA's backward pass whatever the implementation.
     Raises:
       ValueError: x has another width than the base; an unknown implementation.
+      NotImplementedError: an implementation that was asked for by name cannot do this; says why.
     Example:
       >>> packed_matmul(x, leaf.base, corrections=leaf.corrections).shape
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        known = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"implementation={implementation!r} is not one of {known}")
     if x.shape[-1] != base.d_in:
         raise ValueError(f"x has width {x.shape[-1]}, the weight [{base.d_in}, {base.d_out}]")
-    inside, beside = _place_corrections(x, base, corrections)
-    y = tiled_matmul(x, base, low_rank=inside, shards=shards)
+    if implementation != "auto":
+        _check_names((implementation,))
+    named = _in_use.value if implementation == "auto" else (implementation,)
+    reasons = {}
+    for name in named or ORDER.get(jax.default_backend(), ("xla",)):
+        reasons[name] = why_not(name, base, x.dtype, shards=shards)
+        if not reasons[name] and name != "xla" and not named and can_prepare(base):
+            reasons[name] = "the weight is not in its layout; call lqec_kernels.prepare once"
+        if reasons[name]:
+            continue
+        try:
+            y = _multiply(name, x, base, corrections, shards)
+        except NotImplementedError as cannot:
+            reasons[name] = str(cannot)
+            continue
+        if implementation == "auto":
+            _say_once(type(base).__name__, name, tuple(reasons.items()))
+        return y
+    raise NotImplementedError("; ".join(f"{name}: {why}" for name, why in reasons.items()))
+
+
+def use(*implementations: str) -> Any:
+    """Chooses what 'auto' is within a `with`, for every product of a model at once.
+
+    Args:
+      implementations: names, tried first to last; without 'xla' among them, a weight that none of
+        them can multiply by is an error. None at all is 'auto' again.
+    Raises:
+      ValueError: an unknown name.
+    Example:
+      >>> with lqec_kernels.use("pallas", "xla"):
+      ...     logits = lqec.logits(model, tokens)
+    """
+    _check_names(implementations)
+    return _in_use(implementations)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(("auto", *IMPLEMENTATIONS))
+            raise ValueError(f"implementation={name!r} is not one of {known}")
+
+
+@cache
+def _say_once(kind: str, chosen: str, reasons: tuple) -> None:
+    refused = "".join(f"; not {name}: {why}" for name, why in reasons if name != chosen)
+    _log.info("packed_matmul takes %s for %s%s", chosen, kind, refused)
+
+
+def _multiply(name: str, x, base: Base, corrections: Sequence, shards: int) -> jax.Array:
+    if name == "xla":
+        inside, beside = _place_corrections(x, base, corrections)
+        y = tiled_matmul(x, base, low_rank=inside, shards=shards)
+    else:
+        inside, beside = _join_plain(x, corrections)
+        y = _by_kernel(name, *vary_alike((x, base, inside)))
     for correction in beside:
         y = y + correction.apply(x)
     return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(name: str, x: jax.Array, base: Base, low_rank) -> jax.Array:
+    # `prepare` changes no number, so that gradients may be of what was stored.
+    return _find_kernel(name)(x, prepare(base), low_rank)
+
+
+def _find_kernel(name: str) -> Callable:
+    """Imports what a kernel is written in, only where it is called."""
+    if name == "triton":
+        from lqec_kernels.triton_matmul import triton_matmul
+
+        return triton_matmul
+    from lqec_kernels.pallas_matmul import pallas_matmul
+
+    return partial(pallas_matmul, on_gpu=name == "pallas_triton")
+
+
+def _forward(name: str, x, base: Base, low_rank) -> tuple:
+    return _by_kernel(name, x, base, low_rank), (x, base, low_rank)
+
+
+def _backward(name: str, residual: tuple, dy: jax.Array) -> tuple:
+    """Goes back through the reference; under jit, its forward product is not computed."""
+
+    def multiply(x: jax.Array, base: Base, low_rank) -> jax.Array:
+        y = tiled_matmul(x, base)
+        return y if low_rank is None else y + (x @ low_rank[0]) @ low_rank[1]
+
+    _, pull = jax.vjp(multiply, *residual)
+    return pull(dy)
+
+
+_by_kernel.defvjp(_forward, _backward)
+
+
+def _join_plain(x: jax.Array, corrections: Sequence) -> tuple:
+    """Unites the low-rank corrections of single inputs, which a kernel adds in its own pass.
+
+    One that is pooled reads means, which are fewer than the inputs: it stands beside.
+    """
+    plain = [c for c in corrections if isinstance(c, LowRank) and c.pool == 1]
+    if not plain:
+        return None, tuple(corrections)
+    a = jnp.concatenate([c.a.astype(x.dtype) for c in plain], axis=-1)
+    b = jnp.concatenate([c.b.astype(x.dtype) for c in plain], axis=-2)
+    return (a, b), tuple(c for c in corrections if not any(c is p for p in plain))
 
 
 def _place_corrections(x: jax.Array, base: Base, corrections: Sequence) -> tuple:

@@ -37,18 +37,28 @@ class CodebookLayout:
 
     def dense(self, columns: tuple, dtype: Any) -> jax.Array:
         words, scales, levels = columns
-        codes = self.codes(words)
-        if levels is None:
-            w = find_table(self.table).decode(codes)  # [..., codes, dim, n]
-            w = w.reshape(*w.shape[:-3], -1, w.shape[-1])[..., : self.d_in, :]  # [..., d_in, n]
-        else:
-            index = codes.astype(jnp.int32)
-            w = jnp.take_along_axis(levels.astype(jnp.float32), index, axis=-2)
-        if scales is None:
-            return w.astype(dtype)
-        grouped = w.reshape(*w.shape[:-2], -1, self.group_size, w.shape[-1])  # [..., G, group, n]
-        grouped = grouped * scales.astype(jnp.float32)[..., None, :]
-        return grouped.reshape(w.shape).astype(dtype)  # [..., d_in, n]
+        return look_up(self.codes(words), scales, levels, self).astype(dtype)
+
+
+def look_up(codes: jax.Array, scales, levels, layout: Any) -> jax.Array:
+    """Returns what codes stand for, float32 [..., d_in, n].
+
+    Args:
+      codes: unsigned [..., ceil(d_in / dim), n].
+      scales: None, or floating [..., groups, n].
+      levels: None, or floating [..., 2**bits, n].
+      layout: says table, group_size and d_in.
+    """
+    if levels is None:
+        w = find_table(layout.table).decode(codes)  # [..., codes, dim, n]
+        w = w.reshape(*w.shape[:-3], -1, w.shape[-1])[..., : layout.d_in, :]  # [..., d_in, n]
+    else:
+        w = jnp.take_along_axis(levels.astype(jnp.float32), codes.astype(jnp.int32), axis=-2)
+    if scales is None:
+        return w
+    grouped = w.reshape(*w.shape[:-2], -1, layout.group_size, w.shape[-1])  # [..., G, group, n]
+    grouped = grouped * scales.astype(jnp.float32)[..., None, :]
+    return grouped.reshape(w.shape)  # [..., d_in, n]
 
 
 @jax.tree_util.register_dataclass
@@ -144,10 +154,7 @@ class Codebook:
         return CodebookLayout(self.table, self.bits, self.group_size, self.d_in)
 
     def columns(self) -> tuple:
-        scales = self.scales.dense() if isinstance(self.scales, DoubleScales) else self.scales
-        if scales is not None and scales.shape[-1] != self.d_out:
-            scales = jnp.broadcast_to(scales, (*scales.shape[:-1], self.d_out))
-        return (self.codes, scales, self.levels)
+        return (self.codes, spread_scales(self.scales, self.d_out), self.levels)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         return self.layout.dense(self.columns(), dtype)
@@ -161,6 +168,13 @@ class Codebook:
         whole_words = math.lcm(RUN, self.bits) // self.bits * self.layout.dim
         is_shared = self.scales is None or jax.tree.leaves(self.scales)[0].shape[-1] == 1
         return whole_words if is_shared else math.lcm(whole_words, self.group_size)
+
+
+def spread_scales(scales: jax.Array | DoubleScales | None, d_out: int) -> jax.Array | None:
+    """Returns scales as numbers of every column, [..., G, d_out]."""
+    if isinstance(scales, DoubleScales):
+        scales = scales.dense()
+    return None if scales is None else jnp.broadcast_to(scales, (*scales.shape[:-1], d_out))
 
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:

@@ -96,12 +96,23 @@ class AffineLayout:
 
     def dense(self, columns: tuple, dtype: Any) -> jax.Array:
         words, scales, zeros = columns
-        *lead, _, n = words.shape
-        codes = unpack(words, self.bits, self.d_in).astype(jnp.float32)
-        codes = codes.reshape(*lead, -1, self.group_size, n)  # [..., groups, group_size, n]
-        zero = 2.0 ** (self.bits - 1) if zeros is None else zeros.astype(jnp.float32)[..., None, :]
-        w = (codes - zero) * scales.astype(jnp.float32)[..., None, :]
-        return w.reshape(*lead, self.d_in, n).astype(dtype)
+        codes = unpack(words, self.bits, self.d_in)
+        return place_on_grid(codes, scales, zeros, self).astype(dtype)
+
+
+def place_on_grid(codes: jax.Array, scales, zeros, layout: Any) -> jax.Array:
+    """Returns (codes - zeros) · scales of each group, float32 [..., d_in, n].
+
+    Args:
+      codes: unsigned [..., d_in, n].
+      scales, zeros: floating [..., groups, n]; zeros None is the code in the middle.
+      layout: says bits and group_size.
+    """
+    *lead, d_in, n = codes.shape
+    codes = codes.astype(jnp.float32).reshape(*lead, -1, layout.group_size, n)
+    zero = 2.0 ** (layout.bits - 1) if zeros is None else zeros.astype(jnp.float32)[..., None, :]
+    w = (codes - zero) * scales.astype(jnp.float32)[..., None, :]  # [..., groups, group_size, n]
+    return w.reshape(*lead, d_in, n)  # [..., d_in, n]
 
 
 @jax.tree_util.register_dataclass

@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lqec_kernels.formats import Base, Layout
+from lqec_kernels.formats import Base, Dense, Layout
 
 # A tile's dense copy is at most this many elements; the dense weight is cut into two at least.
 TILE_ELEMENTS = 4 * 2**20
+# On a CPU the forward pass takes narrow tiles, whose copies stay in a core's cache between being
+# unpacked and being multiplied by: then one token's product with a 4096 x 4096 weight takes as long
+# as with a dense one, where it takes 2.5 times as long with large tiles (kernels/bench/cpu_decode).
+# The backward pass adds to all inputs once a tile, and wants few tiles.
+CACHED_ELEMENTS = 2**16
 
 
 class Cut(NamedTuple):
@@ -49,25 +54,49 @@ def tiled_matmul(
       (scales, zeros); what is not asked for is not computed once the program is compiled.
     Cost: 2 · tokens · d_in · d_out flops, and the base is unpacked once per direction.
     """
+    if isinstance(base, Dense) and base.w.dtype == x.dtype:
+        return _multiply_dense(x, base.w, low_rank)  # there is nothing to unpack
     if base.d_out % shards:
         shards = 1
     # A tile of a b is held beside the weight's own, so with factors tiles are half as large.
-    tiles = _count_tiles(base.d_in, base.d_out, shards, least=2 if low_rank is None else 4)
-    cut = Cut(base.d_in, shards, tiles, base.d_out // shards // tiles)
-    return _tiled(base.layout, cut, *_vary_alike((x, base.columns(), low_rank)))
+    least = 2 if low_rank is None else 4
+    cuts = tuple(
+        _cut(base.d_in, base.d_out, shards, least, elements)
+        for elements in (_forward_elements(base.d_in), TILE_ELEMENTS)
+    )
+    return _tiled(base.layout, cuts, *vary_alike((x, base.columns(), low_rank)))
 
 
-def _count_tiles(d_in: int, d_out: int, shards: int, least: int) -> int:
-    """Returns the lowest count >= least that cuts each share evenly into small enough tiles.
+def _multiply_dense(x: jax.Array, w: jax.Array, low_rank) -> jax.Array:
+    wide = {"preferred_element_type": _sum_dtype(x)}
+    y = jnp.matmul(x, w, **wide)
+    if low_rank is not None:
+        a, b = low_rank
+        y = y + jnp.matmul(jnp.matmul(x, a, **wide), b, **wide)
+    return y.astype(x.dtype)
+
+
+def _forward_elements(d_in: int) -> int:
+    """Returns how large a tile of the forward pass may be."""
+    if jax.default_backend() != "cpu":
+        return TILE_ELEMENTS
+    return max(CACHED_ELEMENTS, d_in * (64 if d_in <= 8192 else 32))
+
+
+def _cut(d_in: int, d_out: int, shards: int, least: int, elements: int) -> Cut:
+    """Cuts each share evenly: into tiles of about so many elements, at most `TILE_ELEMENTS`.
 
     An odd width has no even cut; a prime one is one column a tile, which is slow but never dense.
     """
     share = d_out // shards
-    wanted = max(least, -(-d_in * d_out // (TILE_ELEMENTS * shards)))
-    return next((n for n in range(min(wanted, share), share + 1) if share % n == 0), 1)
+    fewest = min(share, max(least, -(-d_in * share // TILE_ELEMENTS)))
+    wanted = max(fewest, -(-d_in * share // elements))
+    even = (n for n in range(fewest, share + 1) if share % n == 0)
+    tiles = min(even, key=lambda n: max(n, wanted) / min(n, wanted))
+    return Cut(d_in, shards, tiles, share // tiles)
 
 
-def _vary_alike(arrays):
+def vary_alike(arrays):
     """Under `shard_map`, lets every array vary over all the mesh axes that any of them varies over.
 
     A loop's state needs that, and the gradient of the widening is the sum over the added axes. It
@@ -84,7 +113,10 @@ def _vary_alike(arrays):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(layout: Layout, cut: Cut, x: jax.Array, columns: tuple, low_rank) -> jax.Array:
+def _tiled(layout: Layout, cuts: tuple[Cut, Cut], x: jax.Array, columns: tuple, low_rank):
+    """Returns the product; `cuts` are those of the forward and the backward pass."""
+    cut, _ = cuts
+
     def multiply(y, number):
         w = layout.dense(_take(columns, number, cut), x.dtype)
         w = w + _product_tile(low_rank, number, cut, w.dtype)
@@ -98,12 +130,13 @@ def _tiled(layout: Layout, cut: Cut, x: jax.Array, columns: tuple, low_rank) -> 
     return y.reshape(*lead, cut.shards * cut.tiles * cut.width)  # [..., d_out]
 
 
-def _forward(layout: Layout, cut: Cut, x, columns, low_rank):
-    return _tiled(layout, cut, x, columns, low_rank), (x, columns, low_rank)
+def _forward(layout: Layout, cuts, x, columns, low_rank):
+    return _tiled(layout, cuts, x, columns, low_rank), (x, columns, low_rank)
 
 
-def _backward(layout: Layout, cut: Cut, residual, dy):
+def _backward(layout: Layout, cuts, residual, dy):
     x, columns, low_rank = residual
+    _, cut = cuts
 
     def multiply(dx, number):
         dy_tile = _take(dy, number, cut)

@@ -97,13 +97,16 @@ class Sparse24Layout:
     def dense(self, columns: tuple, dtype: Any) -> jax.Array:
         *inner, words = columns
         values = self.inner.dense(tuple(inner), dtype)
-        *lead, rows, n = values.shape
-        places = unpack(words, PLACE_BITS, rows).reshape(*lead, -1, KEPT, n)
-        values = values.reshape(*lead, -1, KEPT, n)  # [..., quads, 2, n]
-        of_place = [
-            jnp.sum(jnp.where(places == place, values, 0), axis=-2) for place in range(QUAD)
-        ]
-        return jnp.stack(of_place, axis=-2).reshape(*lead, self.d_in, n)  # [..., d_in, n]
+        return place_values(values, unpack(words, PLACE_BITS, values.shape[-2]))
+
+
+def place_values(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Puts what is kept into its fours, [..., d_in / 2, n] -> [..., d_in, n]; the rest is 0."""
+    *lead, rows, n = values.shape
+    places = places.reshape(*lead, -1, KEPT, n)
+    values = values.reshape(*lead, -1, KEPT, n)  # [..., quads, 2, n]
+    of_place = [jnp.sum(jnp.where(places == place, values, 0), axis=-2) for place in range(QUAD)]
+    return jnp.stack(of_place, axis=-2).reshape(*lead, rows // KEPT * QUAD, n)  # [..., d_in, n]
 
 
 @jax.tree_util.register_dataclass

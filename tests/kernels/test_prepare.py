@@ -10,6 +10,7 @@ import pytest
 
 from lqec_kernels import Affine, Codebook, CompressedLinear, Dense, LowRank, Planes, prepare
 from lqec_kernels.api import packed_matmul
+from lqec_kernels.prepare import can_prepare
 
 KINDS = ("symmetric", "packed", "floating", "whole")
 
@@ -78,8 +79,8 @@ def test_a_tree_gets_other_bases_and_keeps_all_else():
     adapter = LowRank(jnp.ones((320, 2)), jnp.ones((2, 10)))
     leaf = CompressedLinear(draw_affine("packed", 2), (adapter,))
     book = Codebook.from_codes(
-        np.zeros((320, 10), np.uint8), None, table="nf4", group_size=320, d_in=320
-    )
+        np.zeros((160, 10), np.uint8), None, table="gauss2_p2", group_size=320, d_in=320
+    )  # of pairs
     five = dataclasses.replace(draw_affine("packed", 4), bits=5)
     tree = {"blocks": ({"q": leaf, "norm": jnp.ones(3)},), "head": book, "five": five}
     came = prepare(tree)
@@ -87,6 +88,7 @@ def test_a_tree_gets_other_bases_and_keeps_all_else():
     assert came["blocks"][0]["q"].corrections == (adapter,)
     assert came["blocks"][0]["norm"] is tree["blocks"][0]["norm"]
     assert came["head"] is book and came["five"] is five
+    assert can_prepare(leaf.base) and not can_prepare(book) and not can_prepare(five)
     assert jax.tree.structure(prepare(came)) == jax.tree.structure(came)
     assert prepare(Dense(jnp.ones((2, 2)))).w.shape == (2, 2)
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lqec_kernels.formats import Affine, Dense
 from lqec_kernels.packing import words_for
-from lqec_kernels.reference import tiled_matmul
+from lqec_kernels.reference import TILE_ELEMENTS, _cut, _forward_elements, tiled_matmul
 from tests.compiling import options_for_memory
 
 D_IN, GROUP = 64, 16
@@ -71,6 +71,30 @@ def test_equals_the_dense_product_both_ways(d_out, dtype, tolerance):
     came, wanted = both_ways(x, dy, draw_base(d_out))
     assert came[0].dtype == came[1].dtype == dtype
     assert_near(came, wanted, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [
+        ((4096, 11008), 64, 688),
+        ((11008, 4096), 32, 256),
+        ((128, 352), 176, 176),  # small ones are cut in two
+        ((768, 1006), 503, 503),  # 2 · 503: no narrow tiles for want of others
+        ((4096, 2 * 5003), 2, 2),  # none but those are small enough
+        ((48, 7), 1, 1),
+    ],
+)
+def test_forward_tiles_fit_a_cache_and_backward_ones_are_few(shape, forward, backward):
+    widths = [_cut(*shape, 1, 2, e).width for e in (_forward_elements(shape[0]), TILE_ELEMENTS)]
+    assert widths == [forward, backward]
+    assert _cut(*shape, 1, 4, TILE_ELEMENTS).tiles >= min(4, shape[1])
+
+
+def test_passes_that_are_cut_differently_agree():
+    x, dy, w = draw(2, 1024), draw(2, 256), draw(1024, 256, seed=1)
+    assert _cut(1024, 256, 1, 2, _forward_elements(1024)).tiles == 4
+    y, pull = jax.vjp(lambda x: tiled_matmul(x, Dense(w)), x)
+    assert_near((y, pull(dy)[0]), (x @ w, dy @ w.T), 1e-5)
 
 
 @pytest.mark.parametrize(("shards", "d_out"), [(2, 16), (4, 24), (4, 18)])
