@@ -30,7 +30,7 @@ from lqec_jax.linear_steps import apply_steps
 from lqec_jax.models.model import Model
 from lqec_jax.prepare import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
 from lqec_jax.recipe import Recipe, parse_recipe
-from lqec_kernels import prepare as to_kernels
+from lqec_kernels import DenseCopy, ready
 from lqec_kernels.capability import PREPARED
 from lqec_kernels.formats import CompressedLinear, Dense
 
@@ -64,15 +64,16 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
 
 
 def repack(model: Model) -> Model:
-    """Puts weights in the order in which kernels read them, once, before generation.
+    """Puts weights, once, in the form in which this machine multiplies by them fastest.
 
-    The same numbers to the bit; see `lqec_kernels.prepare`. The result is for products, not for
-    disk: save the model that it was made of.
+    The layout that kernels read on a GPU or TPU; on a CPU dense copies of small weights, larger
+    ones stay packed. See `lqec_kernels.ready`; what it chose is logged. The result is for products,
+    not for disk: save the model that it was made of.
 
     Example:
       >>> model = repack(load("small"))
     """
-    return dataclasses.replace(model, params=to_kernels(model.params))
+    return dataclasses.replace(model, params=ready(model.params, dtype=model.dtype))
 
 
 def logits(model: Model, tokens: Any) -> jax.Array:
@@ -331,9 +332,11 @@ def verify(out: str | Path, against: Model | str | Path | None = None) -> Verifi
 
 def _check_stored(verb: str, model: Model) -> None:
     leaves = jax.tree.leaves(model.params, is_leaf=is_compressed)
-    if any(is_compressed(leaf) and isinstance(leaf.base, PREPARED) for leaf in leaves):
+    if any(
+        is_compressed(leaf) and isinstance(leaf.base, (*PREPARED, DenseCopy)) for leaf in leaves
+    ):
         raise InputError(
-            f"{verb}: the weights are repacked for kernels, which no file holds; give the model "
+            f"{verb}: the weights are repacked for products, which no file holds; give the model "
             "that `repack` was given"
         )
 

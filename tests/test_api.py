@@ -69,7 +69,7 @@ def test_a_repacked_model_answers_the_same_and_is_not_for_disk(small, folder):
         lqec.logits(repacked, windows), lqec.logits(small, windows), atol=1e-5
     )
     for write in (lqec.save, lqec.export):
-        with pytest.raises(InputError, match="repacked for kernels"):
+        with pytest.raises(InputError, match="repacked for products"):
             write(repacked, folder / "repacked")
 
 

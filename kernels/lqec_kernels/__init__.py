@@ -1,13 +1,15 @@
 """Formats of compressed weights and the products with them. Depends on jax only.
 
 `formats` says what is stored, `packing` how codes become words, `reference` multiplies in plain XLA
-without ever holding a dense weight, `api` chooses an implementation.
+without ever holding a dense weight. `planes` is the kernels' layout and `prepare` makes it,
+`capability` says what can run where, `api` chooses.
 """
 
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.api import packed_matmul, use
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.codebook import Codebook, DoubleScales
+from lqec_kernels.dense_copy import DenseCopy, ready
 from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
 from lqec_kernels.inputs import InputGrid
 from lqec_kernels.outliers import Outliers
@@ -24,6 +26,7 @@ __all__ = [
     "Codebook",
     "CompressedLinear",
     "Dense",
+    "DenseCopy",
     "DoubleScales",
     "Hadamard",
     "InputGrid",
@@ -35,6 +38,7 @@ __all__ = [
     "pack",
     "packed_matmul",
     "prepare",
+    "ready",
     "unpack",
     "use",
 ]

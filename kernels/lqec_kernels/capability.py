@@ -13,8 +13,9 @@ from lqec_kernels.prepare import can_prepare
 from lqec_kernels.sparse_planes import SparsePlanes
 
 # What `auto` tries on each platform, first to last. The interpreter is exact, not fast: a CPU has
-# XLA alone.
-ORDER = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("pallas", "xla")}
+# XLA alone. So has a TPU until the Pallas kernel, which lowers for it, has run on one: there it is
+# asked for by name.
+ORDER = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("xla",)}
 IMPLEMENTATIONS = ("xla", "pallas", "triton", "pallas_triton")
 # Formats in the order in which kernels read them.
 PREPARED = (Planes, LevelPlanes, SparsePlanes)

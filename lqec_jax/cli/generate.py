@@ -41,7 +41,7 @@ def generate(
     from lqec_jax import api
     from lqec_jax.evaluate.generate import stream_text
 
-    writer = api.load(model, dtype)
+    writer = api.repack(api.load(model, dtype))
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                "seed": seed}  # fmt: skip
     said = [{"role": "user", "content": prompt}] if chat else prompt

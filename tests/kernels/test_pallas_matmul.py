@@ -174,7 +174,7 @@ def test_a_model_answers_and_generates_by_it(tmp_path):
         base = draw_affine(bits, d_in, d_out, group=16, lead=(1,))
         leaf = CompressedLinear(base, (LowRank(jnp.ones((1, d_in, 1)), jnp.ones((1, 1, d_out))),))
         block = set_at(block, f"{path}/kernel", leaf)
-    model = lqec.repack(replace(model, params={**model.params, "blocks": (block,)}))
+    model = replace(model, params=prepare({**model.params, "blocks": (block,)}))
     fns = step_fns(model.config, jnp.float32)
 
     @jax.jit

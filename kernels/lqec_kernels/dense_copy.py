@@ -1,0 +1,61 @@
+"""Weights in the form in which a machine multiplies by them fastest, made once."""
+
+import dataclasses
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lqec_kernels.formats import CompressedLinear, Dense
+from lqec_kernels.prepare import prepare
+
+# On a CPU one token's product with a packed weight of more numbers takes no longer than with its
+# dense copy, and with a smaller one up to twice as long (kernels/bench/cpu_decode).
+DENSE_ELEMENTS = 2**18
+
+_log = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseCopy(Dense):
+    """A packed weight's numbers, unpacked: for products, not for disk."""
+
+
+def ready(tree: Any, *, dtype: Any = jnp.float32, platform: str | None = None) -> Any:
+    """Puts every compressed weight in the form in which a platform multiplies by it fastest.
+
+    On a GPU or TPU that is the layout that kernels read, see `prepare`. On a CPU it is as stored,
+    unpacked in every product a tile at a time, but for weights of at most `DENSE_ELEMENTS` numbers,
+    whose dense copy costs less than a megabyte: they are copied. What was chosen is logged.
+
+    Args:
+      tree: any tree with CompressedLinear in it, stacks of layers included.
+      dtype: of dense copies; that in which the model computes.
+      platform: 'cpu', 'gpu' or 'tpu'; JAX's default backend unless given.
+    Returns:
+      The tree with other bases; corrections and all else are kept. For products, not for disk.
+    Example:
+      >>> params = ready(model.params)
+    """
+    platform = platform or jax.default_backend()
+    if platform != "cpu":
+        return prepare(tree)
+    counts: Counter[str] = Counter()
+
+    def copy(node: Any) -> Any:
+        if not isinstance(node, CompressedLinear):
+            return node
+        if node.d_in * node.d_out > DENSE_ELEMENTS or isinstance(node.base, Dense):
+            counts["stay as they are"] += 1
+            return node
+        counts["become dense copies"] += 1
+        return dataclasses.replace(node, base=DenseCopy(node.base.dense(dtype)))
+
+    tree = jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, CompressedLinear))
+    for what, count in sorted(counts.items()):
+        _log.info("%d stacks of weights %s on a CPU", count, what)
+    return tree
