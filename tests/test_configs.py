@@ -67,7 +67,7 @@ def test_a_large_one_fits_where_it_says(path, tmp_path):
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "path",
-    # RILQ from new adapters on this model is asserted of the demo too, which CI runs from the wheel.
+    # RILQ from new adapters is asserted of the demo too, which CI runs from the wheel.
     [pytest.param(p, marks=pytest.mark.slow) if p.stem == "rtn_rilq" else p for p in TINY],
     ids=lambda path: name(path),
 )
