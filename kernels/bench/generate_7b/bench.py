@@ -97,13 +97,16 @@ def write_table() -> None:
         "second | parameters, MB | process, MB |",
         "|---|" + "---|" * 9,
     ]
+    rows = json.loads(RESULTS.read_text())
     lines += [
         f"| {row['device']} | {row['jax']} | {row['date']} | {row['dtype']} | {row['sequences']} "
         f"| {row['step_seconds']:.4f} | {row['tokens_per_second']:.2f} "
         f"| {row['prompt_tokens_per_second']:.1f} | {row['parameters_mb']:.0f} "
         f"| {row['peak_rss_mb']:.0f} |"
-        for row in json.loads(RESULTS.read_text())
+        for row in rows
     ]
+    if all(row["device"] == "cpu" for row in rows):
+        lines.append("| GPU" + " | not run" * 9 + " |")
     TABLE.write_text("\n".join(lines) + "\n")
 
 
