@@ -1,9 +1,10 @@
 """What packed weights cost on a CPU: single products, a model's decode step, a training update.
 
-    python kernels/bench/cpu_decode/bench.py --out kernels/bench/cpu_decode/results.json
+    python kernels/bench/cpu_decode/bench.py --part products
+    python kernels/bench/cpu_decode/bench.py --part model
     python kernels/bench/cpu_decode/bench.py --table
 
-The second writes results.md beside the JSON.
+The first two keep results.json, the last writes results.md from it.
 
 Weights are random, float32 is dense, x is float32; groups of 32 with floating zeros. Times are
 medians of interleaved repetitions, over the dense product's in the same run. `packed` is what the
@@ -48,7 +49,7 @@ GROUP = 32
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 PRODUCTS = [(shape, bits, tokens) for shape in SHAPES for bits in (2, 3, 4) for tokens in (1, 16)]
 PRODUCTS += [((4096, 4096), 2, 512)]
-REPETITIONS = 9
+REPETITIONS, UPDATES = 9, 3
 # The model: 100 million weights in its linears.
 WIDTH, FF, LAYERS, HEADS, VOCAB, LENGTH, RANK = 1024, 2816, 8, 16, 8192, 256, 16
 
@@ -183,10 +184,13 @@ def measure_model(model) -> list[dict]:
     """Returns seconds and bytes of a decode step and of an update, packed and dense."""
     models = {"packed": model.params, "dense": make_dense(model.params)}
     rows = []
-    for name, make in (("decode, 1 sequence", make_decode(1)), ("decode, 16", make_decode(16)),
-                       ("RILQ update", make_training)):  # fmt: skip
+    for name, make, repetitions in (
+        ("decode, 1 sequence", make_decode(1), REPETITIONS),
+        ("decode, 16 sequences", make_decode(16), REPETITIONS),
+        ("RILQ update, 2 windows of 256", make_training, UPDATES),
+    ):
         programs = {kind: make(model, params) for kind, params in models.items()}
-        seconds = time_in_turn({kind: call for kind, (call, _) in programs.items()}, REPETITIONS)
+        seconds = time_in_turn({kind: call for kind, (call, _) in programs.items()}, repetitions)
         megabytes = {kind: size for kind, (_, size) in programs.items()}
         rows.append({"name": name, "seconds": seconds, "megabytes": megabytes})
         print(json.dumps(rows[-1]), flush=True)
@@ -206,15 +210,15 @@ def make_decode(sequences: int) -> Callable:
 
 
 def make_training(model, params) -> tuple[Callable, float]:
-    """Returns an update of 4 windows, two at a time as RILQ walks them on a CPU."""
+    """Returns an update of two windows."""
     fns = model_fns(model.config, jnp.float32)
-    windows = np.random.default_rng(2).integers(0, VOCAB, (4, LENGTH), np.int32)
-    teacher = np.zeros((4, LENGTH, WIDTH), np.float32)
+    windows = np.random.default_rng(2).integers(0, VOCAB, (2, LENGTH), np.int32)
+    teacher = np.zeros((2, LENGTH, WIDTH), np.float32)
     settings = rilq(updates=100).arguments
     problem = ModelProblem(fns, params, teacher, windows, windows[:0], jax.random.key(0))
     objective, optimizer = make_objective(problem, settings), make_optimizer(settings, WIDTH)
-    update = make_update(objective.loss, optimizer, accumulate=count_parts(4, LENGTH))
-    batch = objective.batch(np.arange(4))
+    update = make_update(objective.loss, optimizer, accumulate=count_parts(2, LENGTH))
+    batch = objective.batch(np.arange(2))
     held = [init_state(params, optimizer)]
     size = count_megabytes(update.lower(held[0], batch).compile())
 
@@ -237,15 +241,17 @@ def write_table() -> None:
     """Writes results.md from results.json."""
     facts = json.loads(RESULTS.read_text())
     names = list(WAYS)
+    made = facts["products"]
     lines = [
-        f"{facts['machine']}, {facts['threads']} threads, jax {facts['jax']}, {facts['date']}.",
+        f"A CPU, {made['threads']} thread{'s'[: made['threads'] - 1]}, jax {made['jax']}, "
+        f"{made['date']}.",
         "",
         " ".join(__doc__.split("\n\n")[3].split()),
         "",
         "| weight | bits | tokens | dense, ms | " + " | ".join(names) + " |",
         "|---|---|---|---|" + "---|" * len(names),
     ]
-    for row in facts["products"]:
+    for row in made["rows"]:
         seconds, (d_in, d_out) = row["seconds"], row["shape"]
         ratios = [f"{seconds[n] / seconds['dense']:.2f}" if n in seconds else "" for n in names]
         lines.append(
@@ -256,7 +262,7 @@ def write_table() -> None:
               "the same with dense copies; MB are the program's arguments and temporaries.",
               "", "| | dense, ms | packed, ms | ratio | dense, MB | packed, MB | ratio |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in facts["model"]:
+    for row in facts["model"]["rows"]:
         (p, d), (pm, dm) = ((row[key]["packed"], row[key]["dense"])
                             for key in ("seconds", "megabytes"))  # fmt: skip
         lines.append(f"| {row['name']} | {1e3 * d:.1f} | {1e3 * p:.1f} | {p / d:.2f} "
@@ -264,22 +270,32 @@ def write_table() -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
+def keep(part: str, rows: list[dict]) -> None:
+    """Writes a part's rows, and where they were made, beside those of the other part."""
+    facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    made = {"threads": len(os.sched_getaffinity(0)), "jax": jax.__version__,
+            "date": str(date.today()), "rows": rows}  # fmt: skip
+    RESULTS.write_text(json.dumps(facts | {part: made}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=("products", "model"))
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        return write_table()
-    products = []
-    for shape, bits, tokens in PRODUCTS:
-        products.append(measure_product(shape, bits, tokens))
-        print(json.dumps(products[-1]), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        model = measure_model(make_model(Path(folder) / "model"))
-    facts = {"machine": "CPU", "threads": len(os.sched_getaffinity(0)), "jax": jax.__version__,
-             "date": str(date.today()), "products": products, "model": model}  # fmt: skip
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        write_table()
+    elif arguments.part == "products":
+        rows = []
+        for shape, bits, tokens in PRODUCTS:
+            rows.append(measure_product(shape, bits, tokens))
+            print(json.dumps(rows[-1]), flush=True)
+        keep("products", rows)
+    elif arguments.part == "model":
+        with tempfile.TemporaryDirectory() as folder:
+            keep("model", measure_model(make_model(Path(folder) / "model")))
+    else:
+        parser.error("give --part or --table")
 
 
 if __name__ == "__main__":
