@@ -8,7 +8,7 @@ The first two keep results.json, the last writes results.md from it.
 
 Weights are random, float32 is dense, x is float32; groups of 32 with floating zeros. Times are
 medians of interleaved repetitions, over the dense product's in the same run. `packed` is what the
-library does; the others are ways to do it otherwise, each in one compiled program:
+library does, tiles that fit a core's cache; the others are other ways, each one compiled program:
 
 - `dequantize, then multiply`: the whole weight made dense in the program, then one product.
 - `large tiles`: the library's loop with tiles of four million weights, as on an accelerator.
@@ -47,8 +47,9 @@ HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
 GROUP = 32
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
+SMALL = ((128, 352), (256, 256), (512, 512), (1024, 1024))
 PRODUCTS = [(shape, bits, tokens) for shape in SHAPES for bits in (2, 3, 4) for tokens in (1, 16)]
-PRODUCTS += [((4096, 4096), 2, 512)]
+PRODUCTS += [((4096, 4096), 2, 512)] + [(shape, 2, 1) for shape in SMALL]
 REPETITIONS, UPDATES = 9, 3
 # The model: 100 million weights in its linears.
 WIDTH, FF, LAYERS, HEADS, VOCAB, LENGTH, RANK = 1024, 2816, 8, 16, 8192, 256, 16
@@ -119,7 +120,7 @@ def measure_product(shape: tuple[int, int], bits: int, tokens: int) -> dict:
     seconds = time_in_turn(
         {name: lambda f=f, a=a: f(*a) for name, (f, a) in programs.items()}, REPETITIONS
     )
-    return {"shape": shape, "bits": bits, "tokens": tokens, "seconds": seconds}
+    return {"shape": list(shape), "bits": bits, "tokens": tokens, "seconds": seconds}
 
 
 def time_in_turn(calls: dict[str, Callable], repetitions: int) -> dict[str, float]:
@@ -240,24 +241,9 @@ def count_megabytes(program) -> float:
 def write_table() -> None:
     """Writes results.md from results.json."""
     facts = json.loads(RESULTS.read_text())
-    names = list(WAYS)
-    made = facts["products"]
-    lines = [
-        f"A CPU, {made['threads']} thread{'s'[: made['threads'] - 1]}, jax {made['jax']}, "
-        f"{made['date']}.",
-        "",
-        " ".join(__doc__.split("\n\n")[3].split()),
-        "",
-        "| weight | bits | tokens | dense, ms | " + " | ".join(names) + " |",
-        "|---|---|---|---|" + "---|" * len(names),
-    ]
-    for row in made["rows"]:
-        seconds, (d_in, d_out) = row["seconds"], row["shape"]
-        ratios = [f"{seconds[n] / seconds['dense']:.2f}" if n in seconds else "" for n in names]
-        lines.append(
-            f"| {d_in} x {d_out} | {row['bits']} | {row['tokens']} | "
-            f"{1e3 * seconds['dense']:.1f} | " + " | ".join(ratios) + " |"
-        )
+    lines = [" ".join(__doc__.split("\n\n")[3].split()), "", __doc__.split("\n\n")[4]]
+    for threads in (1, 2):
+        lines += tell_products(facts.get(f"products, threads: {threads}"))
     lines += ["", f"A Llama of {LAYERS} blocks of width {WIDTH}, 2 bits with rank {RANK}, beside "
               "the same with dense copies; MB are the program's arguments and temporaries.",
               "", "| | dense, ms | packed, ms | ratio | dense, MB | packed, MB | ratio |",
@@ -270,8 +256,42 @@ def write_table() -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
+def tell_products(made: dict | None) -> list[str]:
+    """Returns a table of what was measured on so many threads."""
+    if made is None:
+        return []
+    names = list(WAYS)
+    lines = ["", f"CPU, threads: {made['threads']}; jax {made['jax']}, {made['date']}.", "",
+             "| weight | bits | tokens | dense, ms | " + " | ".join(names) + " |",
+             "|---|---|---|---|" + "---|" * len(names)]  # fmt: skip
+    for row in made["rows"]:
+        seconds, (d_in, d_out) = row["seconds"], row["shape"]
+        ratios = [f"{seconds[n] / seconds['dense']:.2f}" if n in seconds else "" for n in names]
+        lines.append(
+            f"| {d_in} x {d_out} | {row['bits']} | {row['tokens']} | "
+            f"{1e3 * seconds['dense']:.3g} | " + " | ".join(ratios) + " |"
+        )
+    return lines
+
+
+def measure_products() -> None:
+    """Measures the products that were not on so many threads, one kept after the other."""
+    part = f"products, threads: {len(os.sched_getaffinity(0))}"
+    rows = read(part).get("rows", [])
+    known = [(tuple(row["shape"]), row["bits"], row["tokens"]) for row in rows]
+    for problem in PRODUCTS:
+        if problem not in known:
+            rows.append(measure_product(*problem))
+            print(json.dumps(rows[-1]), flush=True)
+            keep(part, rows)
+
+
+def read(part: str) -> dict:
+    return json.loads(RESULTS.read_text()).get(part, {}) if RESULTS.exists() else {}
+
+
 def keep(part: str, rows: list[dict]) -> None:
-    """Writes a part's rows, and where they were made, beside those of the other part."""
+    """Writes a part's rows, and where they were made, beside the other parts."""
     facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     made = {"threads": len(os.sched_getaffinity(0)), "jax": jax.__version__,
             "date": str(date.today()), "rows": rows}  # fmt: skip
@@ -286,11 +306,7 @@ def main() -> None:
     if arguments.table:
         write_table()
     elif arguments.part == "products":
-        rows = []
-        for shape, bits, tokens in PRODUCTS:
-            rows.append(measure_product(shape, bits, tokens))
-            print(json.dumps(rows[-1]), flush=True)
-        keep("products", rows)
+        measure_products()
     elif arguments.part == "model":
         with tempfile.TemporaryDirectory() as folder:
             keep("model", measure_model(make_model(Path(folder) / "model")))
