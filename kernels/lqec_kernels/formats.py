@@ -97,7 +97,9 @@ class AffineLayout:
     def dense(self, columns: tuple, dtype: Any) -> jax.Array:
         words, scales, zeros = columns
         codes = unpack(words, self.bits, self.d_in)
-        return place_on_grid(codes, scales, zeros, self).astype(dtype)
+        w = place_on_grid(codes, scales, zeros, self).astype(dtype)
+        # Words too few for d_in, of a damaged file, have not given so many rows.
+        return w.reshape(*words.shape[:-2], self.d_in, words.shape[-1])  # [..., d_in, n]
 
 
 def place_on_grid(codes: jax.Array, scales, zeros, layout: Any) -> jax.Array:
