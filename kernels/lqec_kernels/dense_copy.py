@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.prepare import prepare
 
-# On a CPU one token's product with a packed weight of more numbers takes no longer than with its
-# dense copy, and with a smaller one up to twice as long (kernels/bench/cpu_decode).
+# On a CPU a model whose weights are larger decodes from packed ones as fast as from dense copies or
+# faster; with smaller ones, on two threads, up to 1.25 times as long (kernels/bench/cpu_decode).
 DENSE_ELEMENTS = 2**18
 
 _log = logging.getLogger(__name__)

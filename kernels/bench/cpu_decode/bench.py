@@ -51,8 +51,9 @@ SMALL = ((128, 352), (256, 256), (512, 512), (1024, 1024))
 PRODUCTS = [(shape, bits, tokens) for shape in SHAPES for bits in (2, 3, 4) for tokens in (1, 16)]
 PRODUCTS += [((4096, 4096), 2, 512)] + [(shape, 2, 1) for shape in SMALL]
 REPETITIONS, UPDATES = 9, 3
-# The model: 100 million weights in its linears.
-WIDTH, FF, LAYERS, HEADS, VOCAB, LENGTH, RANK = 1024, 2816, 8, 16, 8192, 256, 16
+# The model: 100 million weights in its linears; smaller ones are of other widths.
+WIDTH, LAYERS, HEADS, VOCAB, LENGTH, RANK = 1024, 8, 16, 8192, 256, 16
+WIDTHS = (128, 256, 512)
 
 
 # ---- single products
@@ -138,7 +139,7 @@ def time_in_turn(calls: dict[str, Callable], repetitions: int) -> dict[str, floa
 # ---- a model
 
 
-def make_model(folder: Path):
+def make_model(folder: Path, width: int = WIDTH):
     """Returns a Llama of random weights, dense and at 2 bits with adapters."""
     from safetensors.numpy import save_file
 
@@ -147,17 +148,18 @@ def make_model(folder: Path):
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
 
-    shapes = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj": (FF, WIDTH), "mlp.up_proj": (FF, WIDTH),
-               "mlp.down_proj": (WIDTH, FF)}  # fmt: skip
-    tensors = {f"{name}.weight": draw(VOCAB, WIDTH) for name in ("model.embed_tokens", "lm_head")}
-    tensors["model.norm.weight"] = np.ones(WIDTH, np.float32)
+    inner = width * 11 // 4
+    shapes = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+               "mlp.down_proj": (width, inner)}  # fmt: skip
+    tensors = {f"{name}.weight": draw(VOCAB, width) for name in ("model.embed_tokens", "lm_head")}
+    tensors["model.norm.weight"] = np.ones(width, np.float32)
     for layer in range(LAYERS):
         place = f"model.layers.{layer}"
         tensors |= {f"{place}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
         for norm in ("input", "post_attention"):
-            tensors[f"{place}.{norm}_layernorm.weight"] = np.ones(WIDTH, np.float32)
-    config = {"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": FF,
+            tensors[f"{place}.{norm}_layernorm.weight"] = np.ones(width, np.float32)
+    config = {"model_type": "llama", "hidden_size": width, "intermediate_size": inner,
               "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": VOCAB,
               "num_key_value_heads": HEADS, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
               "rope_theta": 10000.0, "hidden_act": "silu",
@@ -181,15 +183,27 @@ def make_dense(params):
     return jax.tree.map(copy, params, is_leaf=lambda leaf: isinstance(leaf, CompressedLinear))
 
 
-def measure_model(model) -> list[dict]:
-    """Returns seconds and bytes of a decode step and of an update, packed and dense."""
+DECODE = ("decode, 1 sequence", lambda *model: make_decode(1)(*model), REPETITIONS)
+EVERY = (
+    DECODE,
+    ("decode, 16 sequences", lambda *model: make_decode(16)(*model), REPETITIONS),
+    ("RILQ update, 2 windows of 256", lambda *model: make_training(*model), UPDATES),
+)
+
+
+def measure_models(folder: Path) -> list[dict]:
+    rows = measure_model(make_model(folder / "whole"), EVERY)
+    for width in WIDTHS:
+        (row,) = measure_model(make_model(folder / str(width), width), (DECODE,))
+        rows.append(row | {"name": f"{row['name']}, width {width}"})
+    return rows
+
+
+def measure_model(model, what: tuple) -> list[dict]:
+    """Returns seconds and bytes of steps, packed and dense."""
     models = {"packed": model.params, "dense": make_dense(model.params)}
     rows = []
-    for name, make, repetitions in (
-        ("decode, 1 sequence", make_decode(1), REPETITIONS),
-        ("decode, 16 sequences", make_decode(16), REPETITIONS),
-        ("RILQ update, 2 windows of 256", make_training, UPDATES),
-    ):
+    for name, make, repetitions in what:
         programs = {kind: make(model, params) for kind, params in models.items()}
         seconds = time_in_turn({kind: call for kind, (call, _) in programs.items()}, repetitions)
         megabytes = {kind: size for kind, (_, size) in programs.items()}
@@ -244,15 +258,16 @@ def write_table() -> None:
     lines = [" ".join(__doc__.split("\n\n")[3].split()), "", __doc__.split("\n\n")[4]]
     for threads in (1, 2):
         lines += tell_products(facts.get(f"products, threads: {threads}"))
-    lines += ["", f"A Llama of {LAYERS} blocks of width {WIDTH}, 2 bits with rank {RANK}, beside "
-              "the same with dense copies; MB are the program's arguments and temporaries.",
-              "", "| | dense, ms | packed, ms | ratio | dense, MB | packed, MB | ratio |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in facts["model"]["rows"]:
-        (p, d), (pm, dm) = ((row[key]["packed"], row[key]["dense"])
-                            for key in ("seconds", "megabytes"))  # fmt: skip
-        lines.append(f"| {row['name']} | {1e3 * d:.1f} | {1e3 * p:.1f} | {p / d:.2f} "
-                     f"| {dm:.0f} | {pm:.0f} | {pm / dm:.2f} |")  # fmt: skip
+    lines += ["", f"A Llama of {LAYERS} blocks, of width {WIDTH} unless said, 2 bits and rank "
+              f"{RANK}, beside the same with dense copies; MB are a program's arguments and room.",
+              "", "| | threads | dense, ms | packed, ms | ratio | dense, MB | packed, MB | ratio |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for threads in (1, 2):
+        for row in facts.get(f"model, threads: {threads}", {}).get("rows", []):
+            (p, d), (pm, dm) = ((row[key]["packed"], row[key]["dense"])
+                                for key in ("seconds", "megabytes"))  # fmt: skip
+            lines.append(f"| {row['name']} | {threads} | {1e3 * d:.1f} | {1e3 * p:.1f} "
+                         f"| {p / d:.2f} | {dm:.0f} | {pm:.0f} | {pm / dm:.2f} |")  # fmt: skip
     TABLE.write_text("\n".join(lines) + "\n")
 
 
@@ -276,7 +291,7 @@ def tell_products(made: dict | None) -> list[str]:
 
 def measure_products() -> None:
     """Measures the products that were not on so many threads, one kept after the other."""
-    part = f"products, threads: {len(os.sched_getaffinity(0))}"
+    part = f"products, threads: {count_threads()}"
     rows = read(part).get("rows", [])
     known = [(tuple(row["shape"]), row["bits"], row["tokens"]) for row in rows]
     for problem in PRODUCTS:
@@ -286,6 +301,10 @@ def measure_products() -> None:
             keep(part, rows)
 
 
+def count_threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def read(part: str) -> dict:
     return json.loads(RESULTS.read_text()).get(part, {}) if RESULTS.exists() else {}
 
@@ -293,7 +312,7 @@ def read(part: str) -> dict:
 def keep(part: str, rows: list[dict]) -> None:
     """Writes a part's rows, and where they were made, beside the other parts."""
     facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    made = {"threads": len(os.sched_getaffinity(0)), "jax": jax.__version__,
+    made = {"threads": count_threads(), "jax": jax.__version__,
             "date": str(date.today()), "rows": rows}  # fmt: skip
     RESULTS.write_text(json.dumps(facts | {part: made}, indent=1) + "\n")
 
@@ -309,7 +328,7 @@ def main() -> None:
         measure_products()
     elif arguments.part == "model":
         with tempfile.TemporaryDirectory() as folder:
-            keep("model", measure_model(make_model(Path(folder) / "model")))
+            keep(f"model, threads: {count_threads()}", measure_models(Path(folder)))
     else:
         parser.error("give --part or --table")
 
