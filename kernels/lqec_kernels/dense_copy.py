@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.prepare import prepare
 
-# On a CPU a model whose weights are larger decodes from packed ones as fast as from dense copies or
-# faster; with smaller ones, on two threads, up to 1.25 times as long (kernels/bench/cpu_decode).
-DENSE_ELEMENTS = 2**18
+# Only weights as small as those of a model of width 128 gain by a copy on a CPU: 7 % of a decode
+# step on two threads, nothing on one. From width 256 on packed ones are faster on one thread, and
+# from 512 on on two as well (kernels/bench/cpu_decode).
+DENSE_ELEMENTS = 2**16
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def ready(tree: Any, *, dtype: Any = jnp.float32, platform: str | None = None) -
 
     On a GPU or TPU that is the layout that kernels read, see `prepare`. On a CPU it is as stored,
     unpacked in every product a tile at a time, but for weights of at most `DENSE_ELEMENTS` numbers,
-    whose dense copy costs less than a megabyte: they are copied. What was chosen is logged.
+    whose dense copy is a quarter of a megabyte: they are copied. What was chosen is logged.
 
     Args:
       tree: any tree with CompressedLinear in it, stacks of layers included.
