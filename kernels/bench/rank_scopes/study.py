@@ -4,7 +4,7 @@
     python kernels/bench/rank_scopes/study.py --table
 
 `lqec analyze rank` of `rtn(bits=2, group_size=32)` on babyllama; the first goes on where it was
-stopped and keeps results.json and analysis.html, the second writes results.md.
+stopped and keeps results.json, the second writes results.md. Plots are in DIR/analysis.
 
 Held-out perplexity of 128 windows of 256 tokens of tinystories_dev, which nothing read, and the
 mean square by which final normed hidden states differ from the teacher's, on the 256 training
@@ -14,7 +14,6 @@ stops early; the model scope has no next-token loss here.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from lqec_jax.analysis.ranks import analyze_ranks
 
 HERE = Path(__file__).parent
-RESULTS, PAGE, TABLE = (HERE / name for name in ("results.json", "analysis.html", "results.md"))
+RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
 RANKS, SCOPES, UPDATES = (2, 4, 8, 16, 32), ("weight", "linear", "block", "model"), 200
 KEPT = ("scope", "rank", "bits_per_weight", "ppl", "kl", "relative_error", "train_mse",
         "held_out_mse", "train_by_block", "seconds")  # fmt: skip
@@ -43,7 +42,6 @@ def measure(shared: Path, work: Path) -> None:
     facts = {"protocol": found["protocol"], "teacher": found["teacher"]["ppl"],
              "base": found["base"], "environment": found["environment"], "rows": rows}  # fmt: skip
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
-    shutil.copy(work / "analysis" / "analysis.html", PAGE)
 
 
 def write_table() -> None:
