@@ -12,6 +12,7 @@ from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.dense_copy import DenseCopy, ready
 from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
 from lqec_kernels.inputs import InputGrid
+from lqec_kernels.layers import Layer, pick_layer, take_layer
 from lqec_kernels.outliers import Outliers
 from lqec_kernels.packing import pack, unpack
 from lqec_kernels.planes import Planes
@@ -30,6 +31,7 @@ __all__ = [
     "DoubleScales",
     "Hadamard",
     "InputGrid",
+    "Layer",
     "LowRank",
     "Outliers",
     "Planes",
@@ -37,8 +39,10 @@ __all__ = [
     "Sum",
     "pack",
     "packed_matmul",
+    "pick_layer",
     "prepare",
     "ready",
+    "take_layer",
     "unpack",
     "use",
 ]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lqec_kernels.capability import IMPLEMENTATIONS, ORDER, why_not
 from lqec_kernels.formats import Base, LowRank
+from lqec_kernels.layers import take_layer
 from lqec_kernels.prepare import can_prepare, prepare
 from lqec_kernels.reference import tiled_matmul, vary_alike
 
@@ -27,6 +28,7 @@ def packed_matmul(
     base: Base,
     *,
     corrections: Sequence = (),
+    layer: jax.Array | None = None,
     implementation: str = "auto",
     shards: int = 1,
 ) -> jax.Array:
@@ -37,6 +39,8 @@ def packed_matmul(
       base: a format of `formats`, unstacked. Kernels read what `prepare` makes of it; asked for by
         name, they repack an Affine in the program, at every call.
       corrections: operators with `apply(x)`, such as LowRank.
+      layer: int32 []; base and corrections are stacks then, and this layer of them is meant. A
+        kernel reads it where it lies.
       implementation: 'xla', in plain XLA, see `reference`; 'pallas', interpreted on a CPU and
         Mosaic's on a TPU; 'triton', for NVIDIA GPUs; 'pallas_triton', the Pallas kernel on them,
         deprecated by jax 0.11; or 'auto', what `use` says, else the first that the platform has
@@ -64,7 +68,7 @@ def packed_matmul(
         if reasons[name]:
             continue
         try:
-            y = _multiply(name, x, base, corrections, shards)
+            y = _multiply(name, x, base, tuple(corrections), layer, shards)
         except NotImplementedError as cannot:
             reasons[name] = str(cannot)
             continue
@@ -103,22 +107,23 @@ def _say_once(kind: str, chosen: str, reasons: tuple) -> None:
     _log.info("packed_matmul takes %s for %s%s", chosen, kind, refused)
 
 
-def _multiply(name: str, x, base: Base, corrections: Sequence, shards: int) -> jax.Array:
+def _multiply(name: str, x, base: Base, corrections: tuple, layer, shards: int) -> jax.Array:
     if name == "xla":
+        base, corrections = take_layer((base, corrections), layer)
         inside, beside = _place_corrections(x, base, corrections)
         y = tiled_matmul(x, base, low_rank=inside, shards=shards)
     else:
-        inside, beside = _join_plain(x, corrections)
-        y = _by_kernel(name, *vary_alike((x, base, inside)))
+        inside, beside = _join_plain(x, corrections, layer)
+        y = _by_kernel(name, *vary_alike((x, base, inside, layer)))
     for correction in beside:
         y = y + correction.apply(x)
     return y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernel(name: str, x: jax.Array, base: Base, low_rank) -> jax.Array:
+def _by_kernel(name: str, x: jax.Array, base: Base, low_rank, layer) -> jax.Array:
     # `prepare` changes no number, so that gradients may be of what was stored.
-    return _find_kernel(name)(x, prepare(base), low_rank)
+    return _find_kernel(name)(x, prepare(base), low_rank, layer=layer)
 
 
 def _find_kernel(name: str) -> Callable:
@@ -132,16 +137,17 @@ def _find_kernel(name: str) -> Callable:
     return partial(pallas_matmul, on_gpu=name == "pallas_triton")
 
 
-def _forward(name: str, x, base: Base, low_rank) -> tuple:
-    return _by_kernel(name, x, base, low_rank), (x, base, low_rank)
+def _forward(name: str, x, base: Base, low_rank, layer) -> tuple:
+    return _by_kernel(name, x, base, low_rank, layer), (x, base, low_rank, layer)
 
 
 def _backward(name: str, residual: tuple, dy: jax.Array) -> tuple:
     """Goes back through the reference; under jit, its forward product is not computed."""
 
-    def multiply(x: jax.Array, base: Base, low_rank) -> jax.Array:
+    def multiply(x: jax.Array, base: Base, low_rank, layer) -> jax.Array:
+        base, low_rank = take_layer((base, low_rank), layer)
         y = tiled_matmul(x, base)
-        return y if low_rank is None else y + (x @ low_rank[0]) @ low_rank[1]
+        return y if low_rank is None else y + LowRank(*low_rank).apply(x)
 
     _, pull = jax.vjp(multiply, *residual)
     return pull(dy)
@@ -150,17 +156,21 @@ def _backward(name: str, residual: tuple, dy: jax.Array) -> tuple:
 _by_kernel.defvjp(_forward, _backward)
 
 
-def _join_plain(x: jax.Array, corrections: Sequence) -> tuple:
-    """Unites the low-rank corrections of single inputs, which a kernel adds in its own pass.
+def _join_plain(x: jax.Array, corrections: tuple, layer: jax.Array | None) -> tuple:
+    """Says which low-rank corrections a kernel adds in its own pass, and what stands beside it.
 
-    One that is pooled reads means, which are fewer than the inputs: it stands beside.
+    One that is pooled reads means, which are fewer than the inputs: it stands beside. Several are
+    united, but not in a stack, which would be copied: there the first goes with the kernel.
     """
     plain = [c for c in corrections if isinstance(c, LowRank) and c.pool == 1]
-    if not plain:
-        return None, tuple(corrections)
-    a = jnp.concatenate([c.a.astype(x.dtype) for c in plain], axis=-1)
-    b = jnp.concatenate([c.b.astype(x.dtype) for c in plain], axis=-2)
-    return (a, b), tuple(c for c in corrections if not any(c is p for p in plain))
+    taken = plain if layer is None else plain[:1]
+    beside = tuple(c for c in corrections if not any(c is p for p in taken))
+    beside = take_layer(beside, layer)
+    if len(taken) < 2:
+        return ((taken[0].a, taken[0].b) if taken else None), beside
+    a = jnp.concatenate([c.a.astype(x.dtype) for c in taken], axis=-1)
+    b = jnp.concatenate([c.b.astype(x.dtype) for c in taken], axis=-2)
+    return (a, b), beside
 
 
 def _place_corrections(x: jax.Array, base: Base, corrections: Sequence) -> tuple:

@@ -11,7 +11,7 @@ imported before a kernel is called.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax import lax
 
 from lqec_kernels import tuning
 from lqec_kernels.formats import Base
+from lqec_kernels.layers import take_layer
 from lqec_kernels.planes import LARGEST_UNIT, WIDTHS, Planes
 from lqec_kernels.reference import vary_alike
 from lqec_kernels.tuning import Config, Problem
@@ -36,6 +37,7 @@ def triton_matmul(
     base: Base,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
     *,
+    layer: jax.Array | None = None,
     config: Config | None = None,
 ) -> jax.Array:
     """Multiplies by a prepared weight on an NVIDIA GPU: y = x @ base.dense() + (x @ a) @ b.
@@ -44,6 +46,7 @@ def triton_matmul(
       x: float32, bfloat16 or float16 [..., d_in].
       base: Planes, unstacked, of units of 256 inputs.
       low_rank: a [d_in, r] and b [r, d_out]; taken in x's dtype.
+      layer: int32 []; base and low_rank are stacks of layers, of which this one is read in place.
       config: None is what `tuning.choose` says.
     Returns:
       [..., d_out] of x.dtype, sums in float32. Works under jit, scan and vmap, whose rows join x's;
@@ -57,7 +60,7 @@ def triton_matmul(
     *lead, d_in = x.shape
     multiply = jax.custom_batching.custom_vmap(partial(_multiply, config=config))
     multiply.def_vmap(partial(_multiply_batch, config=config))
-    y = multiply(x.reshape(-1, d_in), base, low_rank)  # [m, d_out]
+    y = multiply(x.reshape(-1, d_in), base, low_rank, layer)  # [m, d_out]
     return y.reshape(*lead, base.d_out)  # [..., d_out]
 
 
@@ -121,36 +124,41 @@ def describe(rows: jax.Array, base: Planes) -> Problem:
 def _multiply_batch(axis_size: int, batched: list, *given: Any, config: Config | None) -> tuple:
     """The rule of vmap: rows of one weight are rows; several weights are multiplied by in turn."""
     if not any(jax.tree.leaves(batched[1:])):
-        return triton_matmul(*given, config=config), True
+        return _again(given, config), True
     arrays, tree = jax.tree.flatten(given)
     turns = jax.tree.leaves(batched)
 
     def multiply(parts: list) -> jax.Array:
         taken = iter(parts)
         whole = [next(taken) if turn else array for turn, array in zip(turns, arrays, strict=True)]
-        return triton_matmul(*jax.tree.unflatten(tree, whole), config=config)
+        return _again(jax.tree.unflatten(tree, whole), config)
 
     turning = [array for turn, array in zip(turns, arrays, strict=True) if turn]
     return lax.map(multiply, turning), True
 
 
-def _multiply(rows: jax.Array, base: Planes, low_rank, *, config: Config | None) -> jax.Array:
+def _again(given: tuple, config: Config | None) -> jax.Array:
+    *arrays, layer = given
+    return triton_matmul(*arrays, layer=layer, config=config)
+
+
+def _multiply(rows: jax.Array, base: Planes, low_rank, layer, *, config: Config | None):
     if not rows.shape[0]:
         return jnp.zeros((0, base.d_out), rows.dtype)
     problem = describe(rows, base)
-    if low_rank is not None:
-        low_rank = tuple(factor.astype(rows.dtype) for factor in low_rank)
     if problem.kind == "panels":
+        base, low_rank = take_layer((base, low_rank), layer)
         return _add(multiply_panels(rows, base), rows, low_rank)
+    weight = _Weight(base, low_rank, layer)
     config = config or tuning.choose(problem)
     if problem.kind == "tiles":
-        return _multiply_tiles(rows, base, low_rank, config)
+        return _multiply_tiles(rows, weight, config)
     if rows.dtype == jnp.float32:
         pieces = jnp.concatenate(split_pieces(rows))  # [3 m, d_in]
-        y = _multiply_rows(pieces, base, None, config, jnp.float32)
+        y = _multiply_rows(pieces, weight._replace(low_rank=None), config, jnp.float32)
         y = y.reshape(PIECES, rows.shape[0], base.d_out)  # [3, m, d_out]
-        return _add(jnp.sum(y, axis=0), rows, low_rank)
-    return _multiply_rows(rows, base, low_rank, config, rows.dtype)
+        return _add(jnp.sum(y, axis=0), rows, take_layer(low_rank, layer))
+    return _multiply_rows(rows, weight, config, rows.dtype)
 
 
 def split_pieces(x: jax.Array) -> list[jax.Array]:
@@ -168,7 +176,7 @@ def _add(y: jax.Array, rows: jax.Array, low_rank) -> jax.Array:
     """Adds a correction as products of its own."""
     if low_rank is None:
         return y
-    a, b = low_rank
+    a, b = (factor.astype(rows.dtype) for factor in low_rank)
     down = jnp.matmul(rows, a, precision=_precision(rows))
     return y + jnp.matmul(down, b, precision=_precision(rows))
 
@@ -221,84 +229,99 @@ def cut_groups(bits: int, group_size: int) -> tuple[int, int, bool]:
     return min(rows, group_size), max(1, group_size // rows), False
 
 
-def _multiply_rows(
-    rows: jax.Array, base: Planes, low_rank, config: Config, dtype: Any
-) -> jax.Array:
+class _Weight(NamedTuple):
+    """What a kernel multiplies by: with a layer, that one of stacks."""
+
+    base: Planes
+    low_rank: tuple[jax.Array, jax.Array] | None
+    layer: jax.Array | None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.low_rank is None else self.low_rank[0].shape[-1]
+
+    @property
+    def arrays(self) -> tuple:
+        """Returns low and high words, scales, offsets; what is not read is said twice."""
+        base = self.base
+        offsets = base.scales if base.offsets is None else base.offsets
+        return base.planes[0], base.planes[-1], base.scales, offsets
+
+    @property
+    def index(self) -> jax.Array:
+        return jnp.int32(0) if self.layer is None else self.layer.astype(jnp.int32)
+
+
+def _multiply_rows(rows: jax.Array, weight: _Weight, config: Config, dtype: Any) -> jax.Array:
     """Calls `multiply_rows` and sums its splits: [m, d_out] of dtype."""
-    m, rank = rows.shape[0], 0 if low_rank is None else low_rank[0].shape[1]
+    base, m, rank = weight.base, rows.shape[0], weight.rank
     units = -(-base.d_in // LARGEST_UNIT)
     per_split = -(-units // config.splits)
     splits = -(-units // per_split)
     size, subs, spread = cut_groups(base.bits, base.group_size)
-    block_r = _rank_block(rank)
     # What nothing is added to is written in its own dtype, and pieces are still to be summed.
     alone = splits == 1 and not rank
     parts, down = call_kernel(
         "multiply_rows",
-        (rows, *_weight_arrays(base), low_rank[0] if rank else rows),
+        (rows, *weight.arrays, weight.low_rank[0] if rank else rows, weight.index),
         [
             jax.ShapeDtypeStruct((splits, m, base.d_out), dtype if alone else jnp.float32),
             jax.ShapeDtypeStruct((splits, m, rank) if rank else (1,), jnp.float32),
         ],
-        (-(-rank // block_r) + -(-base.d_out // config.block_n), splits),
+        (-(-rank // _rank_block(rank)) + -(-base.d_out // config.block_n), splits),
         config,
-        **_constants(rows, base, rank, block_r, config),
+        **_constants(rows, weight, config),
         SIZE=size, SUBS=subs, SPREAD=spread, UNITS=per_split,
     )  # fmt: skip
     if alone:
         return parts[0]
     if not rank:
         return jnp.sum(parts, axis=0).astype(dtype)
-    return _sum_parts(parts, down, low_rank[1], dtype, config)
+    return _sum_parts(parts, down, weight, dtype, config)
 
 
-def _sum_parts(parts, down, b: jax.Array, dtype: Any, config: Config) -> jax.Array:
+def _sum_parts(parts, down, weight: _Weight, dtype: Any, config: Config) -> jax.Array:
     splits, m, d_out = parts.shape
     columns = 64
     (y,) = call_kernel(
         "sum_parts",
-        (parts, down, b),
+        (parts, down, weight.low_rank[1], weight.index),
         [jax.ShapeDtypeStruct((m, d_out), dtype)],
         (-(-d_out // columns),),
         config,
-        ROWS_X=m, D_OUT=d_out, RANK=b.shape[0], SPLITS=splits, BLOCK_N=columns,
-        BLOCK_M=config.block_m, BLOCK_R=_rank_block(b.shape[0]),
+        ROWS_X=m, D_OUT=d_out, RANK=weight.rank, SPLITS=splits, STACKED=weight.layer is not None,
+        BLOCK_N=columns, BLOCK_M=config.block_m, BLOCK_R=_rank_block(weight.rank),
     )  # fmt: skip
     return y
 
 
-def _multiply_tiles(rows: jax.Array, base: Planes, low_rank, config: Config) -> jax.Array:
-    rank = 0 if low_rank is None else low_rank[0].shape[1]
+def _multiply_tiles(rows: jax.Array, weight: _Weight, config: Config) -> jax.Array:
+    base, m = weight.base, rows.shape[0]
     down, b = rows, rows  # not read
-    if rank:
-        a, b = low_rank
+    if weight.rank:
+        a, b = weight.low_rank
+        a = take_layer(a, weight.layer).astype(rows.dtype)
         down = jnp.matmul(rows, a, preferred_element_type=jnp.float32)
     size, _, spread = cut_groups(base.bits, base.group_size)
-    m, block_r = rows.shape[0], _rank_block(rank)
     (y,) = call_kernel(
         "multiply_tiles",
-        (rows, *_weight_arrays(base), down, b),
+        (rows, *weight.arrays, down, b, weight.index),
         [jax.ShapeDtypeStruct((m, base.d_out), rows.dtype)],
         (-(-base.d_out // config.block_n), -(-m // config.block_m)),
         config,
-        **_constants(rows, base, rank, block_r, config),
+        **_constants(rows, weight, config),
         SIZE=size, SPREAD=spread,
     )  # fmt: skip
     return y
 
 
-def _weight_arrays(base: Planes) -> tuple:
-    """Returns low and high words, scales, offsets; what the kernels do not read is said twice."""
-    offsets = base.scales if base.offsets is None else base.offsets
-    return base.planes[0], base.planes[-1], base.scales, offsets
-
-
-def _constants(rows, base: Planes, rank: int, block_r: int, config: Config) -> dict[str, Any]:
+def _constants(rows: jax.Array, weight: _Weight, config: Config) -> dict[str, Any]:
+    base = weight.base
     return {
-        "ROWS_X": rows.shape[0], "D_IN": base.d_in, "D_OUT": base.d_out, "RANK": rank,
+        "ROWS_X": rows.shape[0], "D_IN": base.d_in, "D_OUT": base.d_out, "RANK": weight.rank,
         "BITS": base.bits, "GROUP": base.group_size, "SYMMETRIC": base.offsets is None,
-        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_R": block_r,
-        "STAGES": config.num_stages, "PTX": True,
+        "STACKED": weight.layer is not None, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
+        "BLOCK_R": _rank_block(weight.rank), "STAGES": config.num_stages, "PTX": True,
     }  # fmt: skip
 
 

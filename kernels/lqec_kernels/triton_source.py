@@ -98,6 +98,29 @@ def _unpack(low, high, SUB: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.cons
 
 
 @triton.jit
+def _find_layer(array, layer, SIZE: tl.constexpr, STACKED: tl.constexpr):
+    """Returns where a layer's SIZE numbers begin: a stack is read where it lies, not copied."""
+    if STACKED:
+        array += tl.load(layer).to(tl.int64) * SIZE
+    return array
+
+
+@triton.jit
+def _find_weight(low, high, scales, offsets, layer, D_IN: tl.constexpr, D_OUT: tl.constexpr,
+                 BITS: tl.constexpr, GROUP: tl.constexpr, STACKED: tl.constexpr):  # fmt: skip
+    """Returns the four arrays of a layer."""
+    UNIT: tl.constexpr = 256
+    # Words of a plane are UNIT · p / 32 a unit; groups, the last of which is whole, D_IN / GROUP.
+    PLANE: tl.constexpr = (D_IN + UNIT - 1) // UNIT * (UNIT // 32) * D_OUT
+    GROUPS: tl.constexpr = D_IN // GROUP * D_OUT
+    low = _find_layer(low, layer, PLANE * (2 if BITS == 3 else BITS), STACKED)
+    high = _find_layer(high, layer, PLANE * (1 if BITS == 3 else BITS), STACKED)
+    scales = _find_layer(scales, layer, GROUPS, STACKED)
+    offsets = _find_layer(offsets, layer, GROUPS, STACKED)
+    return low, high, scales, offsets
+
+
+@triton.jit
 def _load_words(low, high, unit, first, n, fits, D_OUT: tl.constexpr, BITS: tl.constexpr,
                 SIZE: tl.constexpr):  # fmt: skip
     """Loads words first .. first + SIZE of a unit, [columns, SIZE], of both planes at 3 bits.
@@ -217,16 +240,16 @@ def _project(x, a, down, split, block, ROWS_X: tl.constexpr, D_IN: tl.constexpr,
         k = start + tl.arange(0, STEP)
         fits = (k < D_IN)[None, :] & (r < RANK)[:, None]
         a_tile = tl.load(a + k[None, :].to(tl.int64) * RANK + r[:, None], mask=fits, other=0.0)
-        sums = tl.dot(a_tile, _load_x(x, row, k, D_IN), sums)
+        sums = tl.dot(a_tile.to(x.dtype.element_ty), _load_x(x, row, k, D_IN), sums)
     at = down + (split * ROWS_X + m[None, :]) * RANK + r[:, None]
     tl.store(at, sums, mask=(m < ROWS_X)[None, :] & (r < RANK)[:, None])
 
 
 @triton.jit
-def multiply_rows(x, low, high, scales, offsets, a, y, down, ROWS_X: tl.constexpr,
+def multiply_rows(x, low, high, scales, offsets, a, layer, y, down, ROWS_X: tl.constexpr,
                   D_IN: tl.constexpr, D_OUT: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr,
-                  GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, SIZE: tl.constexpr,
-                  SUBS: tl.constexpr, SPREAD: tl.constexpr, UNITS: tl.constexpr,
+                  GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STACKED: tl.constexpr,
+                  SIZE: tl.constexpr, SUBS: tl.constexpr, SPREAD: tl.constexpr, UNITS: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
                   STAGES: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Makes x w by splits of the inputs, and x a beside it.
@@ -237,7 +260,8 @@ def multiply_rows(x, low, high, scales, offsets, a, y, down, ROWS_X: tl.constexp
       x: float16 or bfloat16 [ROWS_X, D_IN]; BLOCK_M >= ROWS_X, a power of two >= 8.
       low, high: words of the planes; without a second plane `high` is not read.
       scales, offsets: [groups, D_OUT]; SYMMETRIC reads no offsets.
-      a: [D_IN, RANK] of x's dtype, not read where RANK is 0.
+      a: [D_IN, RANK], any float, taken in x's dtype; not read where RANK is 0.
+      layer: where STACKED, an int32: which layer of the weight and of a, which are stacks then.
       y: [splits, ROWS_X, D_OUT], any float.
       down: float32 [splits, ROWS_X, RANK], not written where RANK is 0.
       SIZE, SUBS, SPREAD: how groups lie in a unit: SIZE words at once, SUBS of their sub-blocks
@@ -247,8 +271,11 @@ def multiply_rows(x, low, high, scales, offsets, a, y, down, ROWS_X: tl.constexp
     UNIT: tl.constexpr = 256
     FOREMOST: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     block, split = tl.program_id(0), tl.program_id(1)
+    low, high, scales, offsets = _find_weight(low, high, scales, offsets, layer, D_IN, D_OUT, BITS,
+                                              GROUP, STACKED)  # fmt: skip
     if block < FOREMOST:
-        _project(x, a, down, split, block, ROWS_X, D_IN, RANK, UNITS, BLOCK_R, BLOCK_M)
+        factor = _find_layer(a, layer, D_IN * RANK, STACKED)
+        _project(x, factor, down, split, block, ROWS_X, D_IN, RANK, UNITS, BLOCK_R, BLOCK_M)
     else:
         m = tl.arange(0, BLOCK_M)
         row = tl.minimum(m, ROWS_X - 1)
@@ -266,10 +293,10 @@ def multiply_rows(x, low, high, scales, offsets, a, y, down, ROWS_X: tl.constexp
 
 
 @triton.jit
-def _add_low_rank(sums, down, b, first, n, ROWS_X: tl.constexpr, D_OUT: tl.constexpr,
-                  RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_M: tl.constexpr):  # fmt: skip
-    """Adds (Σ down) b to sums [columns, rows], for rows first .. first + BLOCK_M."""
+def _add_low_rank(sums, down, b, first, n, FLOAT: tl.constexpr, ROWS_X: tl.constexpr,
+                  D_OUT: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Adds (Σ down) b, both as FLOAT, to sums [columns, rows], for BLOCK_M rows from first."""
     m = first + tl.arange(0, BLOCK_M)
     row = tl.minimum(m, ROWS_X - 1)
     for start in tl.range(0, RANK, BLOCK_R):
@@ -281,22 +308,24 @@ def _add_low_rank(sums, down, b, first, n, ROWS_X: tl.constexpr, D_OUT: tl.const
             whole += tl.load(at, mask=of_rank, other=0.0).to(tl.float32)
         fits = (r < RANK)[None, :] & (n < D_OUT)[:, None]
         b_tile = tl.load(b + r[None, :] * D_OUT + n[:, None], mask=fits, other=0.0)
-        sums = tl.dot(b_tile, whole.to(b.dtype.element_ty), sums)
+        sums = tl.dot(b_tile.to(FLOAT), whole.to(FLOAT), sums)
     return sums
 
 
 @triton.jit
-def sum_parts(parts, down, b, y, ROWS_X: tl.constexpr, D_OUT: tl.constexpr, RANK: tl.constexpr,
-              SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_R: tl.constexpr):  # fmt: skip
+def sum_parts(parts, down, b, layer, y, ROWS_X: tl.constexpr, D_OUT: tl.constexpr,
+              RANK: tl.constexpr, SPLITS: tl.constexpr, STACKED: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Makes y = Σ parts + (Σ down) b. Grid: (⌈D_OUT / BLOCK_N⌉,).
 
     Args:
       parts: float32 [SPLITS, ROWS_X, D_OUT].
       down: float32 [SPLITS, ROWS_X, RANK].
-      b: float16 or bfloat16 [RANK, D_OUT].
-      y: [ROWS_X, D_OUT], any float.
+      b: [RANK, D_OUT], any float, taken in y's dtype.
+      layer: where STACKED, an int32: which layer of b, a stack then.
+      y: float16 or bfloat16 [ROWS_X, D_OUT].
     """
+    b = _find_layer(b, layer, RANK * D_OUT, STACKED)
     m = tl.arange(0, BLOCK_M)
     row = tl.minimum(m, ROWS_X - 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -305,7 +334,8 @@ def sum_parts(parts, down, b, y, ROWS_X: tl.constexpr, D_OUT: tl.constexpr, RANK
     for split in tl.range(0, SPLITS):
         at = parts + (split * ROWS_X + row[None, :]).to(tl.int64) * D_OUT + n[:, None]
         sums += tl.load(at, mask=fits, other=0.0)
-    sums = _add_low_rank(sums, down, b, 0, n, ROWS_X, D_OUT, RANK, SPLITS, BLOCK_R, BLOCK_M)
+    sums = _add_low_rank(sums, down, b, 0, n, y.dtype.element_ty, ROWS_X, D_OUT, RANK, SPLITS,
+                         BLOCK_R, BLOCK_M)  # fmt: skip
     at = y + m[None, :] * D_OUT + n[:, None]
     tl.store(at, sums.to(y.dtype.element_ty), mask=(m < ROWS_X)[None, :] & fits)
 
@@ -324,11 +354,12 @@ def _dequantize(low, high, start, r, scales, offsets, n, fits, SUB: tl.constexpr
 
 
 @triton.jit
-def multiply_tiles(x, low, high, scales, offsets, down, b, y, ROWS_X: tl.constexpr,
+def multiply_tiles(x, low, high, scales, offsets, down, b, layer, y, ROWS_X: tl.constexpr,
                    D_IN: tl.constexpr, D_OUT: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr,
-                   GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, SIZE: tl.constexpr,
-                   SPREAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+                   GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, STACKED: tl.constexpr,
+                   SIZE: tl.constexpr, SPREAD: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+                   PTX: tl.constexpr):  # fmt: skip
     """Makes y = x w + down b, a tile of rows and columns a program.
 
     Grid: (⌈D_OUT / BLOCK_N⌉, ⌈ROWS_X / BLOCK_M⌉). Arguments as in `multiply_rows`, but
@@ -340,6 +371,8 @@ def multiply_tiles(x, low, high, scales, offsets, down, b, y, ROWS_X: tl.constex
     UNIT: tl.constexpr = 256
     FLOAT: tl.constexpr = x.dtype.element_ty
     ROWS: tl.constexpr = UNIT * (2 if BITS == 3 else BITS) // 32
+    low, high, scales, offsets = _find_weight(low, high, scales, offsets, layer, D_IN, D_OUT, BITS,
+                                              GROUP, STACKED)  # fmt: skip
     first = tl.program_id(1) * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     row = tl.minimum(m, ROWS_X - 1).to(tl.int64)
@@ -356,7 +389,8 @@ def multiply_tiles(x, low, high, scales, offsets, down, b, y, ROWS_X: tl.constex
                                 BITS, GROUP, SYMMETRIC, SPREAD, FLOAT, PTX)  # fmt: skip
                 sums = tl.dot(w, _load_x(x, row, start + r, D_IN), sums)
     if RANK > 0:
-        sums = _add_low_rank(sums, down, b, first, n, ROWS_X, D_OUT, RANK, 1, BLOCK_R,
+        b = _find_layer(b, layer, RANK * D_OUT, STACKED)
+        sums = _add_low_rank(sums, down, b, first, n, FLOAT, ROWS_X, D_OUT, RANK, 1, BLOCK_R,
                              BLOCK_M)  # fmt: skip
     at = y + m[None, :].to(tl.int64) * D_OUT + n[:, None]
     written = (m < ROWS_X)[None, :] & (n < D_OUT)[:, None]

@@ -1,14 +1,16 @@
 """The one function through which every model multiplies by every weight."""
 
+from functools import partial
+
 import jax
 
-from lqec_kernels import packed_matmul
+from lqec_kernels import Layer, packed_matmul, take_layer
 from lqec_kernels.formats import CompressedLinear
 
 MODEL_AXIS = "model"
 
 
-def linear(x: jax.Array, leaf: jax.Array | CompressedLinear) -> jax.Array:
+def linear(x: jax.Array, leaf: jax.Array | CompressedLinear | Layer) -> jax.Array:
     """Applies a dense or compressed weight: everything the leaf says.
 
         y = T_out( base( T_in(x) ) ) + Σ correction(x),
@@ -18,23 +20,30 @@ def linear(x: jax.Array, leaf: jax.Array | CompressedLinear) -> jax.Array:
 
     Args:
       x: floating [..., d_in].
-      leaf: [d_in, d_out], or a CompressedLinear.
+      leaf: [d_in, d_out], a CompressedLinear, or a layer of a stack of them.
     Returns:
       [..., d_out] of x.dtype.
     Example:
       >>> y = linear(x, leaf)
     """
-    if not isinstance(leaf, CompressedLinear):
-        return x @ leaf.astype(x.dtype)
+    if isinstance(leaf, Layer):
+        return _multiply(x, leaf.stack, leaf.index)
+    return (
+        _multiply(x, leaf, None) if isinstance(leaf, CompressedLinear) else x @ leaf.astype(x.dtype)
+    )
+
+
+def _multiply(x: jax.Array, leaf: CompressedLinear, layer: jax.Array | None) -> jax.Array:
     if leaf.input_grid is not None:
         x = leaf.input_grid.apply(x)
+    to_base = partial(packed_matmul, layer=layer, shards=model_shards())
     if leaf.input_transform is None and leaf.output_transform is None:
-        return packed_matmul(x, leaf.base, corrections=leaf.corrections, shards=model_shards())
-    inner = x if leaf.input_transform is None else leaf.input_transform.apply(x)
-    y = packed_matmul(inner, leaf.base, shards=model_shards())
-    if leaf.output_transform is not None:
-        y = leaf.output_transform.apply(y)
-    for correction in leaf.corrections:
+        return to_base(x, leaf.base, corrections=leaf.corrections)
+    before, after = take_layer((leaf.input_transform, leaf.output_transform), layer)
+    y = to_base(x if before is None else before.apply(x), leaf.base)
+    if after is not None:
+        y = after.apply(y)
+    for correction in take_layer(leaf.corrections, layer):
         y = y + correction.apply(x)
     return y
 

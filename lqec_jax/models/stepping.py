@@ -4,7 +4,7 @@ Both are pure and compile once for each shape: prompts may be padded on the righ
 follows a token cannot reach it, and the cache has a fixed length.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from lqec_jax.models.cache import Cache, Past, count_layers
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.layers import Block
+from lqec_kernels import pick_layer
 
 Caches = tuple[Cache, ...]  # one a segment
 
@@ -40,29 +41,29 @@ def step_fns(config: ModelConfig, dtype: Any = jnp.float32) -> StepFns:
     fns = model_fns(config, dtype)
 
     def prefill(params: Params, tokens: jax.Array, count: Any, length: int):
-        def advance(h, block_params):
-            h, _, kept = Block(config).apply({"params": block_params}, h)
+        def advance(segment, h, layer):
+            h, _, kept = Block(config).apply({"params": pick_layer(segment, layer)}, h)
             return h, kept
 
         h, caches = fns.embed(params, tokens), []
         for segment in params["blocks"]:
-            h, (keys, values) = lax.scan(advance, h, segment)
+            layers = jnp.arange(count_layers(segment))
+            h, (keys, values) = lax.scan(partial(advance, segment), h, layers)
             caches.append(Cache.begin(keys, values, length))
         last = lax.dynamic_index_in_dim(h, count - 1, axis=1, keepdims=False)  # [b, d]
         return fns.head(params, fns.norm(params, last)), tuple(caches)
 
     def decode(params: Params, tokens: jax.Array, position: Any, caches: Caches):
-        def advance(carry, item):
+        def advance(segment, carry, layer):
             h, cache = carry
-            layer, block_params = item
             past = Past(cache, layer, position)
-            h, _, past = Block(config).apply({"params": block_params}, h, past)
+            h, _, past = Block(config).apply({"params": pick_layer(segment, layer)}, h, past)
             return (h, past.cache), None
 
         h, written = fns.embed(params, tokens[:, None], position), []
         for segment, cache in zip(params["blocks"], caches, strict=True):
             layers = jnp.arange(count_layers(segment))
-            (h, cache), _ = lax.scan(advance, (h, cache), (layers, segment))
+            (h, cache), _ = lax.scan(partial(advance, segment), (h, cache), layers)
             written.append(cache)
         return fns.head(params, fns.norm(params, h[:, 0])), tuple(written)
 

@@ -32,8 +32,16 @@ def dense_of(low, high, scales, offsets, sizes: dict) -> jax.Array:
     return layout.dense((*planes, scales, None if sizes["SYMMETRIC"] else offsets), jnp.float32)
 
 
-def multiply_rows(x, low, high, scales, offsets, a, **sizes) -> list:
+def find(arrays: tuple, layer: jax.Array, sizes: dict) -> tuple:
+    """Takes a layer of stacks; what is not read is no stack."""
+    if not sizes["STACKED"]:
+        return arrays
+    return tuple(a if a.ndim < 3 else a[layer] for a in arrays)
+
+
+def multiply_rows(x, low, high, scales, offsets, a, layer, **sizes) -> list:
     """The equation of the kernel of that name; so are the two below."""
+    low, high, scales, offsets, a = find((low, high, scales, offsets, a), layer, sizes)
     w, step = dense_of(low, high, scales, offsets, sizes), 256 * sizes["UNITS"]
     x = x.astype(jnp.float32)
     starts = range(0, sizes["D_IN"], step)
@@ -43,11 +51,13 @@ def multiply_rows(x, low, high, scales, offsets, a, **sizes) -> list:
     return [jnp.stack(parts), jnp.stack(down) if sizes["RANK"] else down[0]]
 
 
-def sum_parts(parts, down, b, **sizes) -> list:
-    return [parts.sum(0) + down.sum(0).astype(b.dtype).astype(jnp.float32) @ b.astype(jnp.float32)]
+def sum_parts(parts, down, b, layer, **sizes) -> list:
+    (b,) = find((b,), layer, sizes)
+    return [parts.sum(0) + down.sum(0) @ b.astype(jnp.float32)]
 
 
-def multiply_tiles(x, low, high, scales, offsets, down, b, **sizes) -> list:
+def multiply_tiles(x, low, high, scales, offsets, down, b, layer, **sizes) -> list:
+    low, high, scales, offsets, b = find((low, high, scales, offsets, b), layer, sizes)
     w = dense_of(low, high, scales, offsets, sizes).astype(x.dtype)
     y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
     return [y + down.astype(jnp.float32) @ b.astype(jnp.float32) if sizes["RANK"] else y]

@@ -124,6 +124,7 @@ class Case(NamedTuple):
     splits: int = 1
     ptx: bool = True
     tiles: bool = False
+    layer: int | None = None  # of a stack of three
 
 
 CASES = [
@@ -142,6 +143,10 @@ CASES = [
     Case(2, 704, 40, 64, splits=2), Case(3, 704, 72, 32, m=16, splits=3, rank=5),
     Case(2, 512, 40, 128, "bfloat16", m=1, splits=2, rank=70),
     Case(4, 704, 40, 32, m=20, rank=6, tiles=True), Case(4, 256, 72, 128, rank=16),
+    # A layer of a stack, with and without what each width and kernel reads beside the words.
+    Case(3, 300, 40, 60, m=2, rank=5, splits=2, layer=2), Case(2, 512, 40, 64, layer=1),
+    Case(3, 512, 40, 64, "bfloat16", m=20, rank=6, tiles=True, layer=1),
+    Case(4, 512, 40, 64, offsets=False, rank=16, layer=2),
 ]  # fmt: skip
 
 
@@ -178,6 +183,21 @@ def multiply_by_numpy(case: Case, given: dict) -> np.ndarray:
     return x @ w + (x @ a @ b if case.rank else 0)
 
 
+def stack(case: Case, given: dict) -> list[torch.Tensor]:
+    """Returns a, b and the weight's arrays; of a stack, the other layers' numbers are wrong."""
+    planes = given["planes"]
+    arrays = [given["a"], given["b"], planes[0], planes[-1], given["scales"], given["offsets"]]
+    if case.layer is None:
+        return arrays
+    stacks = []
+    for array in arrays:
+        kind, bits = array.dtype, array.view(torch.int32) if array.dtype == torch.uint32 else array
+        layers = [bits + 1 for _ in range(3)]
+        layers[case.layer] = bits
+        stacks.append(torch.stack(layers).view(kind))
+    return stacks
+
+
 def multiply_by_kernels(case: Case, given: dict) -> np.ndarray:
     size, subs, spread = cut_groups(case.bits, case.group)
     columns, rows, block_r = 32, max(8, 1 << (case.m - 1).bit_length()), 16
@@ -187,25 +207,28 @@ def multiply_by_kernels(case: Case, given: dict) -> np.ndarray:
         "SPREAD": spread, "BLOCK_N": columns, "BLOCK_M": rows, "BLOCK_R": block_r, "STAGES": 1,
         "PTX": case.ptx,
     }  # fmt: skip
-    weight = (given["planes"][0], given["planes"][-1], given["scales"], given["offsets"])
+    a, b, *weight = stack(case, given)
+    layer = torch.tensor(case.layer or 0, dtype=torch.int32)
+    constants["STACKED"] = case.layer is not None
     blocks = -(-case.d_out // columns)
     y = torch.full((case.m, case.d_out), torch.nan)
     if case.tiles:
         down = given["x"].float() @ given["a"].float()
         grid = (blocks, -(-case.m // rows))
-        triton_source.multiply_tiles[grid](given["x"], *weight, down, given["b"], y, **constants)
+        triton_source.multiply_tiles[grid](given["x"], *weight, down, b, layer, y, **constants)
         return y.numpy()
     units = -(-case.d_in // UNIT)
     constants |= {"SUBS": subs, "UNITS": -(-units // case.splits)}
     parts = torch.full((case.splits, case.m, case.d_out), torch.nan)
     down = torch.full((case.splits, case.m, max(case.rank, 1)), torch.nan)
     grid = (-(-case.rank // block_r) + blocks, case.splits)
-    triton_source.multiply_rows[grid](given["x"], *weight, given["a"], parts, down, **constants)
+    triton_source.multiply_rows[grid](given["x"], *weight, a, layer, parts, down, **constants)
     if not case.rank:
         return parts.sum(0).numpy()
     triton_source.sum_parts[(blocks,)](
-        parts, down, given["b"], y, ROWS_X=case.m, D_OUT=case.d_out, RANK=case.rank,
-        SPLITS=case.splits, BLOCK_N=columns, BLOCK_M=rows, BLOCK_R=block_r,
+        parts, down, b, layer, y, ROWS_X=case.m, D_OUT=case.d_out, RANK=case.rank,
+        SPLITS=case.splits, STACKED=constants["STACKED"], BLOCK_N=columns, BLOCK_M=rows,
+        BLOCK_R=block_r,
     )  # fmt: skip
     return y.numpy()
 
