@@ -29,6 +29,7 @@ PIECES = 3  # bfloat16 numbers of 8 digits that make a float32 of 24
 # Weights of a panel: in 16 bits about the level-2 cache of a large GPU, whose matrix units are then
 # still all at work.
 PANEL = 16 * 2**20
+PANEL_COLUMNS = 128
 LARGEST_RANK_BLOCK, SMALLEST_RANK_BLOCK = 64, 16
 
 
@@ -195,7 +196,9 @@ def multiply_panels(rows: jax.Array, base: Base) -> jax.Array:
       tenth of the product's time, where both run at an H200's full rates.
     """
     count = -(-base.d_in * base.d_out // PANEL)
-    width = -(-base.d_out // count)
+    # Whole tiles of the matrix units, at addresses from which many numbers are read at once.
+    width = min(base.d_out, -(-base.d_out // count // PANEL_COLUMNS) * PANEL_COLUMNS)
+    count = -(-base.d_out // width)
 
     def multiply(number: jax.Array, y: jax.Array) -> jax.Array:
         # The last panel begins so early that it is whole, and makes some columns again.

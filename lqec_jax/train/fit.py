@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lqec_jax.core.tree import combine, partition
 from lqec_jax.core.types import Evaluation, ModelFns, Params
@@ -184,17 +184,25 @@ def _plain_update(loss: Callable, optimizer, accumulate: int, segments: int) -> 
 
 def _place(fns, params, optimizer, select, mesh) -> tuple[TrainState, Any, tuple[str, ...]]:
     """Returns the first state, on the mesh if there is one, its shardings, and notes on them."""
-    if mesh is None:
-        return init_state(params, optimizer, select), None, ()
-    shardings, notes = sharding.param_shardings(fns, params, mesh)
     state = init_state(params, optimizer, select)
+    if mesh is None:
+        return state, None, ()
+    placed, notes = shard_state(fns, params, optimizer, state, mesh)
+    return jax.tree.map(sharding.put, state, placed), placed, notes
+
+
+def shard_state(fns: ModelFns, params: Params, optimizer, state: TrainState, mesh: Mesh):
+    """Returns a TrainState of shardings for a mesh, and notes on what every device holds whole.
+
+    Moments lie where the arrays lie that they belong to. Shapes are enough for params and state.
+    """
+    shardings, notes = sharding.param_shardings(fns, params, mesh)
     train, frozen = partition(shardings, _like(state.train))
     whole = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
         optimizer, lambda _, s: s, state.opt_state, train, transform_non_params=lambda _: whole
     )
-    placed = TrainState(whole, train, frozen, opt_state)
-    return jax.tree.map(sharding.put, state, placed), placed, notes
+    return TrainState(whole, train, frozen, opt_state), notes
 
 
 def _like(train: Params) -> Callable:

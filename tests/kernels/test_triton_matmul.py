@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, PartitionSpec
@@ -190,8 +191,51 @@ def test_an_adapters_programs_come_before_the_weights(calls):
     assert (grid_of_sum, sizes_of_sum["SPLITS"]) == ((1,), 2)
 
 
+@pytest.mark.parametrize(
+    ("m", "dtype", "kernels"),
+    [
+        (2, "bfloat16", ["multiply_rows", "sum_parts"]),
+        (2, "float32", ["multiply_rows"]),
+        (20, "float16", ["multiply_tiles"]),
+        (20, "float32", []),
+    ],
+)
+def test_a_layer_is_read_in_its_stack(m, dtype, kernels, calls):
+    base = draw_base(3, lead=(3,))
+    low_rank = draw(3, D_IN, 5), draw(3, 5, D_OUT, seed=1)
+    x = draw(m, D_IN, dtype=dtype)
+
+    def multiply(x, base, low_rank):
+        def step(_, layer):
+            return None, triton_matmul.triton_matmul(x, base, low_rank, layer=layer)
+
+        return lax.scan(step, None, jnp.arange(3))[1]
+
+    came = jax.jit(multiply)(x, base, low_rank).astype(jnp.float32)
+    for layer in range(3):
+        one, factors = jax.tree.map(lambda a, i=layer: a[i], (base, low_rank))
+        wanted = jax.jit(partial(tiled_matmul, low_rank=factors))(x.astype(jnp.float32), one)
+        assert_near([came[layer]], [wanted], {"float32": 1e-5, "float16": 3e-3}.get(dtype, 2e-2))
+    assert calls.names == kernels
+    # What the kernels are given is the stacks themselves: no words were sliced before.
+    assert all(sizes["STACKED"] for *_, sizes in calls)
+    sliced = "u32[1," in str(jax.make_jaxpr(multiply)(x, base, low_rank))
+    assert sliced == (kernels == [])
+
+
+def test_panels_are_whole_tiles_of_columns(calls, monkeypatch):
+    monkeypatch.setattr(triton_matmul, "PANEL", 64 * 400)
+    codes = np.zeros((64, 900), np.uint8)
+    base = Planes.from_codes(codes, jnp.ones((1, 900)), None, bits=2, group_size=64)
+    program = str(jax.make_jaxpr(triton_matmul.multiply_panels)(draw(20, 64), base))
+    assert "f32[20,384]" in program and "f32[20,300]" not in program
+    assert_near([triton_matmul.multiply_panels(draw(20, 64), base)], [draw(20, 64) @ base.dense()],
+                1e-5)  # fmt: skip
+
+
 def test_many_rows_take_panels_that_need_not_divide(calls, monkeypatch):
     monkeypatch.setattr(triton_matmul, "PANEL", D_IN * 17)
+    monkeypatch.setattr(triton_matmul, "PANEL_COLUMNS", 1)
     x, base, low_rank = draw(20, D_IN), draw_base(2), draw_factors()
     came = jax.jit(triton_matmul.triton_matmul)(x, base, low_rank)
     wanted = jax.jit(partial(tiled_matmul, low_rank=low_rank))(x, base)

@@ -1,0 +1,93 @@
+"""One layer of a stack: the same numbers as the layer by itself, whatever the weight has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lqec_jax.core.linear import linear
+from lqec_kernels import (
+    Affine,
+    ChannelScale,
+    CompressedLinear,
+    InputGrid,
+    Layer,
+    LowRank,
+    pick_layer,
+    prepare,
+    take_layer,
+)
+from tests.kernels.test_reference import assert_near
+
+LAYERS, D_IN, D_OUT = 3, 64, 24
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
+
+
+def draw_stack(**parts) -> CompressedLinear:
+    random = np.random.RandomState(0)
+    words = random.randint(0, 2**32, (LAYERS, D_IN // 32 * 2, D_OUT), np.uint32)
+    scales, zeros = draw(LAYERS, 2, D_OUT), draw(LAYERS, 2, D_OUT, seed=1)
+    base = Affine(jnp.asarray(words), scales, zeros, bits=2, group_size=32, d_in=D_IN)
+    return CompressedLinear(prepare(base), **parts)
+
+
+def draw_adapter(rank: int, pool: int = 1) -> LowRank:
+    return LowRank(draw(LAYERS, D_IN // pool, rank), draw(LAYERS, rank, D_OUT, seed=rank), pool)
+
+
+STACKS = {
+    "plain": {},
+    "an adapter": {"corrections": (draw_adapter(4),)},
+    "two, one pooled": {"corrections": (draw_adapter(4, 2), draw_adapter(3), draw_adapter(2))},
+    "transforms": {
+        "corrections": (draw_adapter(4),),
+        "input_transform": ChannelScale(1 + draw(LAYERS, D_IN) / 9),
+        "output_transform": ChannelScale(1 + draw(LAYERS, D_OUT) / 9),
+        "input_grid": InputGrid("int"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_equals_the_layer_by_itself(name):
+    stack, x = draw_stack(**STACKS[name]), draw(2, D_IN)
+
+    @jax.jit
+    def multiply(stack, index, x):
+        return linear(x, Layer(stack, index)), linear(x, take_layer(stack, index))
+
+    for index in range(LAYERS):
+        came, wanted = multiply(stack, jnp.int32(index), x)
+        assert_near([came], [wanted], 1e-6)
+        assert_near([came], [linear(x, jax.tree.map(lambda a, i=index: a[i], stack))], 1e-5)
+
+
+def test_picks_stacks_for_kernels_and_slices_of_all_else():
+    stored = Affine(
+        jnp.zeros((LAYERS, 4, D_OUT), jnp.uint32), draw(LAYERS, 2, D_OUT), None,
+        bits=2, group_size=32, d_in=D_IN,
+    )  # fmt: skip
+    segment = {"packed": draw_stack(), "stored": CompressedLinear(stored), "scale": draw(LAYERS, 5)}
+    picked = pick_layer(segment, jnp.int32(1))
+    assert isinstance(picked["packed"], Layer)
+    assert picked["packed"].stack is segment["packed"] and int(picked["packed"].index) == 1
+    assert isinstance(picked["stored"], CompressedLinear)
+    assert picked["stored"].stack_shape == ()
+    assert np.array_equal(picked["scale"], segment["scale"][1])
+
+
+def test_the_gradient_is_of_that_layer_alone():
+    stack = draw_stack(corrections=(draw_adapter(4),))
+
+    @jax.jit
+    @jax.grad
+    def gradient(correction, base, x):
+        leaf = Layer(CompressedLinear(base, (correction,)), jnp.int32(1))
+        return jnp.sum(jnp.sin(linear(x, leaf)))
+
+    grads = gradient(stack.corrections[0], stack.base, draw(2, D_IN))
+    sizes = np.abs(np.asarray(grads.a)).max(axis=(1, 2))
+    assert sizes[1] > 0.1 and sizes[0] == sizes[2] == 0
