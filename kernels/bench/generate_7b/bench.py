@@ -14,6 +14,7 @@ steps, every step waited for. MB are what the parameters take, and the process a
 import argparse
 import json
 import statistics
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -22,29 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.core.tree import set_at
 from lqec_jax.evaluate.report import peak_rss_mb
-from lqec_jax.linear_steps import preview_leaf
-from lqec_jax.models import families
-from lqec_jax.models.parameters import block_shapes, outer_shapes
 from lqec_jax.models.stepping import step_fns
-from lqec_jax.recipe import parse_recipe
 from lqec_kernels import ready
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from llama_7b import make_params, read_config  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
-LLAMA_7B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "hidden_act": "silu", "tie_word_embeddings": False,
-}  # fmt: skip
-RECIPE = "rtn(bits=2, group_size=64) | svd(rank=64)"
 PROMPT, CACHE = 64, 256
 
 
 def draw_params(config, dtype) -> dict:
-    """Returns parameters of a model as RECIPE leaves them: one segment, in random numbers."""
+    """Returns parameters in random numbers."""
     rng = np.random.default_rng(0)
 
     def draw(shape: jax.ShapeDtypeStruct):
@@ -53,18 +45,10 @@ def draw_params(config, dtype) -> dict:
             return jnp.asarray(rng.integers(0, 2**32, size, np.uint32))
         return jnp.asarray(rng.standard_normal(size, np.float32) / 64, shape.dtype)
 
-    block: dict = {}
-    for path, shape in block_shapes(config).items():
-        if len(shape) == 2:
-            leaf = preview_leaf(parse_recipe(RECIPE), *shape)
-            block = set_at(block, path, jax.tree.map(draw, leaf))
-        else:
-            block = set_at(block, path, jnp.ones((config.layers, *shape), dtype))
-    params: dict = {"blocks": (block,)}
-    for path, shape in outer_shapes(config).items():
-        array = rng.standard_normal(shape, np.float32) / shape[-1] ** 0.5
-        params = set_at(params, path, jnp.asarray(array, dtype))
-    return params
+    def draw_outer(shape: tuple[int, ...]):
+        return jnp.asarray(rng.standard_normal(shape, np.float32) / shape[-1] ** 0.5, dtype)
+
+    return make_params(config, dtype, lambda leaf: jax.tree.map(draw, leaf), draw_outer)
 
 
 def measure(sequences: int, config, params, dtype, steps: int) -> dict:
@@ -120,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.table:
         return write_table()
-    config = families.read_config({**LLAMA_7B, "num_hidden_layers": arguments.layers})
+    config = read_config(arguments.layers)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(arguments.dtype or ("float32" if on_cpu else "bfloat16"))
     params = ready(draw_params(config, dtype), dtype=dtype)
