@@ -103,8 +103,8 @@ class Planes:
     Attributes:
       planes: for each width p of `WIDTHS[bits]` uint32 [..., units·unit·p/32, d_out], see above.
       scales: floating [..., d_in/group_size, d_out], in units of the weight.
-      offsets: None, the grid is symmetric about code 2**(bits-1); or floating, as scales. In units
-        of codes.
+      offsets: None, the grid is symmetric about code 2**(bits-1); or of scales' shape, floating or
+        uint8. In units of codes.
     """
 
     planes: tuple[jax.Array, ...]

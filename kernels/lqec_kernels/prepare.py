@@ -21,7 +21,7 @@ def prepare(tree: Any) -> Any:
 
     Of 2, 3, 4 or 8 bits an Affine becomes `Planes`, and a Sparse24 over one `SparsePlanes`; a
     Codebook of scalars `LevelPlanes`. They are the same numbers to the bit, columns padded to whole
-    units of 256 inputs, zeros as floating offsets; bases like any other, for every implementation
+    units of 256 inputs, integer zeros a byte each; bases like any other, for every implementation
     of the product and for gradients. They are not written to disk: save what you loaded.
 
     Args:
@@ -89,6 +89,5 @@ def _read_grid(base: Affine) -> tuple:
     """Returns codes [..., d_in, d_out], scales and offsets as numbers of every column."""
     words, scales, zeros = base.columns()
     if zeros is not None and not jnp.issubdtype(zeros.dtype, jnp.floating):
-        # Every dtype of scales holds an integer zero: at most 255, eight digits.
-        zeros = zeros.astype(scales.dtype)
+        zeros = zeros.astype(jnp.uint8)
     return unpack(words, base.bits, base.d_in), scales, zeros

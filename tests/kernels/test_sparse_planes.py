@@ -49,7 +49,7 @@ def test_firsts_and_seconds_lie_apart():
 def test_stored_bits_are_the_bytes_held():
     planes = prepare(KINDS["3 bits"]())
     # 80 fours take one unit of 128.
-    assert planes.stored_bits() == 6 * (128 * 2 * (3 + 2) + 10 * (16 + 16))
+    assert planes.stored_bits() == 6 * (128 * 2 * (3 + 2) + 10 * (16 + 8))
     assert planes.stored_bits() == 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(planes))
 
 

@@ -5,8 +5,8 @@
     python kernels/bench/packed_matmul/bench.py --small --out small.json  tiny, on a CPU: it works
 
 A figure is the seconds of one product. Products are made inside one compiled loop, each with the
-next of so many weights that they fill the level-2 cache four times; x changes from round to round,
-so that nothing can be moved out of the loop. The floor is the larger of two times: the bytes that
+next of so many weights that they fill the level-2 cache four times; each x depends on the product
+before, so that nothing is moved out of the loop and no two products are made one. The floor is the larger of two times: the bytes that
 must be read and written at the measured rate of a copy, and the flops at the measured rate of a
 large bfloat16 product. Every peer that can be imported runs in the same process; torch's are
 captured as a CUDA graph.
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,32 +49,50 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 def time_in_loop(multiply: Callable, x: jax.Array, weights: list, plan: Plan) -> float:
     """Returns the seconds of one product; a round multiplies by every weight once."""
-
-    @jax.jit
-    def loop(x, weights):
-        def one_round(_, x):
-            probe = sum(multiply(x, w)[0, 0].astype(jnp.float32) for w in weights)
-            return x + (1e-30 * probe).astype(x.dtype)
-
-        return lax.fori_loop(0, plan.rounds, one_round, x)
-
+    loop = make_loop(multiply, plan)
     taken = median_seconds(lambda: loop(x, weights), plan.repeats)
     return taken / (plan.rounds * len(weights))
 
 
-def time_in_scan(multiply: Callable, x: jax.Array, weights: list, plan: Plan) -> float:
-    """As `time_in_loop`, but each weight is a slice of a stack, as a model's layers are."""
-    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
-
+def make_loop(multiply: Callable, plan: Plan) -> Callable:
     @jax.jit
-    def loop(x, stack):
-        def layer(x, w):
-            return x + (1e-30 * multiply(x, w)[0, 0]).astype(x.dtype), None
+    def loop(x, weights):
+        def one_round(_, x):
+            for w in weights:
+                x = x + (1e-30 * make_whole(multiply(x, w))).astype(x.dtype)
+            return x
 
-        return lax.fori_loop(0, plan.rounds, lambda _, x: lax.scan(layer, x, stack)[0], x)
+        return lax.fori_loop(0, plan.rounds, one_round, x)
 
+    return loop
+
+
+def make_whole(y: jax.Array) -> jax.Array:
+    """Returns one number of a product, all of which is made: XLA would make just that number."""
+    return lax.optimization_barrier(y)[0, 0].astype(jnp.float32)
+
+
+def time_in_scan(multiply: Callable, x: jax.Array, weights: list, plan: Plan) -> float:
+    """As `time_in_loop`, but each weight is a layer of a stack, as in a model that generates."""
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
+    loop = make_scan(multiply, plan, len(weights))
     taken = median_seconds(lambda: loop(x, stack), plan.repeats)
     return taken / (plan.rounds * len(weights))
+
+
+def make_scan(multiply: Callable, plan: Plan, layers: int) -> Callable:
+    @jax.jit
+    def loop(x, stack):
+        def step(x, layer):
+            y = multiply(x, stack, layer=layer)
+            return x + (1e-30 * make_whole(y)).astype(x.dtype), None
+
+        def one_round(_, x):
+            return lax.scan(step, x, jnp.arange(layers))[0]
+
+        return lax.fori_loop(0, plan.rounds, one_round, x)
+
+    return loop
 
 
 def measure_ceilings(plan: Plan) -> dict[str, float]:
@@ -132,12 +151,16 @@ def time_ours(problem: Problem, plan: Plan, implementation: str, timer: Callable
     # Each weight has an adapter of its own.
     adapters = [LowRank(a + i, b) for i in range(len(weights))] if problem.rank else []
 
-    def multiply(x, given):
-        base, *corrections = given
-        return packed_matmul(x, base, corrections=corrections, implementation=implementation)
-
+    multiply = partial(multiply_packed, implementation=implementation)
     given = [(w, *adapters[i : i + 1]) for i, w in enumerate(weights)]
     return timer(multiply, draw_x(problem, dtype), given, plan)
+
+
+def multiply_packed(x: jax.Array, given: tuple, *, implementation: str, layer=None) -> jax.Array:
+    base, *corrections = given
+    return packed_matmul(
+        x, base, corrections=corrections, layer=layer, implementation=implementation
+    )
 
 
 def time_dense(problem: Problem, plan: Plan) -> float:
