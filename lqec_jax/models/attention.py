@@ -99,7 +99,8 @@ def attend_to_past(
 
     Args:
       q: [b, t, heads, head_dim], any float dtype; t is small, their scores are held at once.
-      keys, values: [b, length, kv_heads, head_dim]; those after a query's own are not read.
+      keys: [b, kv_heads, length, head_dim]; those after a query's own are not read.
+      values: [b, kv_heads, head_dim, length].
       position: int scalar, where the first query stands.
       window, scoring: as `causal_attention`.
 
@@ -107,12 +108,12 @@ def attend_to_past(
       [b, t, heads, head_dim] in q's dtype.
     """
     b, t, heads, head_dim = q.shape
-    grouped = q.reshape(b, t, keys.shape[2], -1, head_dim)  # [b, t, kv, g, d]
-    product = _dot("btkgd,bskd->bkgts", grouped, keys)
+    grouped = q.reshape(b, t, keys.shape[1], -1, head_dim)  # [b, t, kv, g, d]
+    product = _dot("btkgd,bksd->bkgts", grouped, keys)
     scores = _score(product, _resolve(scoring, head_dim))
-    scores = _mask(scores, position + jnp.arange(t), slice(0, keys.shape[1]), window)
+    scores = _mask(scores, position + jnp.arange(t), slice(0, keys.shape[2]), window)
     weights = jax.nn.softmax(scores, axis=-1)
-    out = _dot("bkgts,bskd->btkgd", weights.astype(values.dtype), values)
+    out = _dot("bkgts,bkds->btkgd", weights.astype(values.dtype), values)
     return out.reshape(q.shape).astype(q.dtype)
 
 

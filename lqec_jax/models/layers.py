@@ -133,8 +133,7 @@ def turn_after(config: ModelConfig, t: int, past: Past) -> Callable:
     if config.rope is None:
         return lambda x: x
     # A cache is never longer than the model's context, where no rotation depends on the length.
-    length = past.cache.keys.shape[2]
-    frequency, scale = inverse_frequencies(config.rope, config.head_dim, length)
+    frequency, scale = inverse_frequencies(config.rope, config.head_dim, past.cache.length)
     positions = past.position + jnp.arange(t)
     return lambda x: rotate(x, positions, frequency, scale)
 

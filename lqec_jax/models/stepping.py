@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lqec_jax.core.types import Params
-from lqec_jax.models.cache import Cache, Past, count_layers
+from lqec_jax.models.cache import Cache, Past, arrange, count_layers
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.layers import Block
@@ -42,8 +42,8 @@ def step_fns(config: ModelConfig, dtype: Any = jnp.float32) -> StepFns:
 
     def prefill(params: Params, tokens: jax.Array, count: Any, length: int):
         def advance(segment, h, layer):
-            h, _, kept = Block(config).apply({"params": pick_layer(segment, layer)}, h)
-            return h, kept
+            h, _, (k, v) = Block(config).apply({"params": pick_layer(segment, layer)}, h)
+            return h, arrange(k, v)
 
         h, caches = fns.embed(params, tokens), []
         for segment in params["blocks"]:
@@ -54,16 +54,16 @@ def step_fns(config: ModelConfig, dtype: Any = jnp.float32) -> StepFns:
         return fns.head(params, fns.norm(params, last)), tuple(caches)
 
     def decode(params: Params, tokens: jax.Array, position: Any, caches: Caches):
-        def advance(segment, carry, layer):
+        def advance(segment, layer, carry):
             h, cache = carry
             past = Past(cache, layer, position)
             h, _, past = Block(config).apply({"params": pick_layer(segment, layer)}, h, past)
-            return (h, past.cache), None
+            return h, past.cache
 
         h, written = fns.embed(params, tokens[:, None], position), []
         for segment, cache in zip(params["blocks"], caches, strict=True):
-            layers = jnp.arange(count_layers(segment))
-            (h, cache), _ = lax.scan(partial(advance, segment), (h, cache), layers)
+            turn = partial(advance, segment)
+            h, cache = lax.fori_loop(0, count_layers(segment), turn, (h, cache))
             written.append(cache)
         return fns.head(params, fns.norm(params, h[:, 0])), tuple(written)
 

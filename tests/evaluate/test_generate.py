@@ -102,7 +102,7 @@ def test_the_cache_is_written_in_place(model):
     begin, advance = module._programs(model.config, model.dtype)
     greedy = module._Sampling(None, None, None)
     chosen, caches = begin(model.params, np.pad(PROMPTS, ((0, 0), (0, 11))), 5, greedy, length=32)
-    assert caches[0].keys.shape == (2, 2, 32, 2, 8)
+    assert caches[0].keys.shape == (2, 2, 2, 32, 8)
     after = advance(model.params, chosen, 5, greedy, caches)[1]
     assert caches[0].keys.is_deleted() and not after[0].keys.is_deleted()
 

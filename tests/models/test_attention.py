@@ -8,6 +8,7 @@ import pytest
 from lqec_jax.errors import InputError
 from lqec_jax.models import attention as module
 from lqec_jax.models.attention import PLAIN, Scoring, attend_to_past, causal_attention
+from lqec_jax.models.cache import arrange
 from tests.compiling import options_for_memory
 
 HEADS = {"one kv head each": (4, 4), "grouped": (6, 2), "one kv head for all": (3, 1)}
@@ -112,7 +113,7 @@ def test_a_past_is_read_as_the_whole(window):
     options = {"window": window, "scoring": Scoring(softcap=1.5)}
     whole = jax.jit(partial(full_square, window=window, softcap=1.5))(q, k, v)
     room = ((0, 0), (0, 4), (0, 0), (0, 0))
-    keys, values = (np.pad(x, room, constant_values=9.0) for x in (k, v))
+    keys, values = arrange(*(np.pad(x, room, constant_values=9.0) for x in (k, v)))
     last = jax.jit(partial(attend_to_past, **options))(q[:, 9:], keys, values, 9)
     np.testing.assert_allclose(last, whole[:, 9:], atol=2e-6, rtol=1e-5)
 

@@ -13,21 +13,29 @@ def draw(*shape):
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
+def draw_cache(length: int) -> Cache:
+    return Cache(draw(LAYERS, B, KV, length, D), draw(LAYERS, B, KV, D, length))
+
+
 def test_a_cache_begins_with_the_prompt_and_has_room():
-    keys, values = draw(LAYERS, B, 5, KV, D), draw(LAYERS, B, 5, KV, D)
-    cache = Cache.begin(keys, values, 8)
-    assert cache.keys.shape == cache.values.shape == (LAYERS, B, 8, KV, D)
-    np.testing.assert_array_equal(cache.keys[:, :, :5], keys)
-    np.testing.assert_array_equal(cache.values[:, :, :5], values)
+    given = draw_cache(5)
+    cache = Cache.begin(given.keys, given.values, 8)
+    assert cache.length == 8
+    assert cache.keys.shape == (LAYERS, B, KV, 8, D)
+    assert cache.values.shape == (LAYERS, B, KV, D, 8)
+    np.testing.assert_array_equal(cache.keys[:, :, :, :5], given.keys)
+    np.testing.assert_array_equal(cache.values[..., :5], given.values)
 
 
 def test_a_write_touches_one_layer_at_one_place():
-    before = Cache(draw(LAYERS, B, 8, KV, D), draw(LAYERS, B, 8, KV, D))
+    before = draw_cache(8)
     k, v = draw(B, 2, KV, D), draw(B, 2, KV, D)
     past = Past(before, jnp.int32(1), jnp.int32(5)).write(k, v)
-    for was, now, new in ((before.keys, past.cache.keys, k), (before.values, past.cache.values, v)):
-        np.testing.assert_array_equal(now, was.at[1, :, 5:7].set(new))
-    for whole, read in zip((past.cache.keys, past.cache.values), past.read(), strict=True):
+    keys = before.keys.at[1, :, :, 5:7].set(np.einsum("bthd->bhtd", k))
+    values = before.values.at[1, ..., 5:7].set(np.einsum("bthd->bhdt", v))
+    np.testing.assert_array_equal(past.cache.keys, keys)
+    np.testing.assert_array_equal(past.cache.values, values)
+    for whole, read in zip((keys, values), past.read(), strict=True):
         np.testing.assert_array_equal(read, whole[1])
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from lqec_jax.models.cache import Cache
+from lqec_jax.models.decoder import init_params
 from lqec_jax.models.families import read_config
 from lqec_jax.models.stepping import step_fns
+from tests.compiling import options_for_memory
 from tests.golden.tiny_weights import make_weights
 from tests.models.test_llama_logits import SEED, build_params, golden
 
@@ -37,3 +40,21 @@ def test_steps_give_the_logits_of_the_whole_sequence():
     assert config.kv_heads < config.heads
     steps = decode_all(config, build_params(config, make_weights(raw, SEED)), golden("tokens"))
     assert np.abs(steps - golden("llama3")[:, COUNT - 1 :]).max() <= 1e-4
+
+
+def test_a_step_holds_one_layer_of_the_cache():
+    raw = {**VARIANTS["llama3"], "num_hidden_layers": 12}
+    config = read_config(raw)
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shape, length = (config.layers, 4, config.kv_heads), 8 * LENGTH
+    cache = Cache(
+        jax.ShapeDtypeStruct((*shape, length, config.head_dim), np.float32),
+        jax.ShapeDtypeStruct((*shape, config.head_dim, length), np.float32),
+    )
+    token, position = jax.ShapeDtypeStruct((4,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+    decode = jax.jit(step_fns(config).decode, donate_argnums=3)
+    compiled = decode.lower(params, token, position, (cache,)).compile(
+        compiler_options=options_for_memory()
+    )
+    layer = sum(array.size * 4 for array in (cache.keys, cache.values)) / config.layers
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.5 * layer
