@@ -109,9 +109,8 @@ def _say_once(kind: str, chosen: str, reasons: tuple) -> None:
 
 def _multiply(name: str, x, base: Base, corrections: tuple, layer, shards: int) -> jax.Array:
     if name == "xla":
-        base, corrections = take_layer((base, corrections), layer)
-        inside, beside = _place_corrections(x, base, corrections)
-        y = tiled_matmul(x, base, low_rank=inside, shards=shards)
+        inside, beside = _place_corrections(x, base, take_layer(corrections, layer))
+        y = tiled_matmul(x, base, low_rank=inside, layer=layer, shards=shards)
     else:
         inside, beside = _join_plain(x, corrections, layer)
         y = _by_kernel(name, *vary_alike((x, base, inside, layer)))

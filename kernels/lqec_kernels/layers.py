@@ -1,9 +1,9 @@
 """One layer of a stack of weights, read where it lies.
 
 The body of a scan over stacked layers is given slices. XLA reads a slice in place where it fuses
-what follows; before a kernel, into which it cannot look, it copies. For one token that is most of
-the time: every packed byte would be read twice and written once. So a kernel is given the stack and
-the layer's number instead.
+what follows; before a kernel or a loop, into which it does not look, it copies. For one token that
+is most of the time: every packed byte would be read twice and written once. So a product is given
+the stack and the layer's number instead.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax import lax
 
-from lqec_kernels.capability import PREPARED
 from lqec_kernels.formats import CompressedLinear
 
 
@@ -31,7 +30,7 @@ class Layer:
 
 
 def pick_layer(segment: Any, index: jax.Array) -> Any:
-    """Picks one layer of a tree of stacks: slices, and a `Layer` for what a kernel reads.
+    """Picks one layer of a tree of stacks: a `Layer` of compressed weights, slices of all else.
 
     Args:
       segment: a tree whose arrays have a leading axis of layers.
@@ -40,12 +39,13 @@ def pick_layer(segment: Any, index: jax.Array) -> Any:
       >>> h, _ = lax.scan(lambda h, i: (block(pick_layer(segment, i), h), None), h, jnp.arange(32))
     """
 
-    def pick(node: Any) -> Any:
-        if isinstance(node, CompressedLinear) and isinstance(node.base, PREPARED):
-            return Layer(node, index)
-        return take_layer(node, index)
+    def is_weight(node: Any) -> bool:
+        return isinstance(node, CompressedLinear)
 
-    return jax.tree.map(pick, segment, is_leaf=lambda node: isinstance(node, CompressedLinear))
+    def pick(node: Any) -> Any:
+        return Layer(node, index) if is_weight(node) else take_layer(node, index)
+
+    return jax.tree.map(pick, segment, is_leaf=is_weight)
 
 
 def take_layer(tree: Any, index: jax.Array | None) -> Any:

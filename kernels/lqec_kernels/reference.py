@@ -6,14 +6,16 @@ correction that joins it. The residual of the forward pass is the packed base, n
 inner scan over at least two tiles does.
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lqec_kernels.formats import Base, Dense, Layout
+from lqec_kernels.layers import take_layer
 
 # A tile's dense copy is at most this many elements; the dense weight is cut into two at least.
 TILE_ELEMENTS = 4 * 2**20
@@ -39,6 +41,7 @@ def tiled_matmul(
     base: Base,
     *,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
+    layer: jax.Array | None = None,
     shards: int = 1,
 ) -> jax.Array:
     """Multiplies by a stored weight without making it dense: y = x @ (base.dense() + a b).
@@ -48,6 +51,8 @@ def tiled_matmul(
       base: any format of `formats`, unstacked.
       low_rank: factors a [d_in, r] and b [r, d_out] that are added to every tile before it is
         multiplied by. With many tokens that costs less than a product of their own.
+      layer: int32 []; the base is a stack then, and tiles are read out of this layer of it. Meant
+        for few tokens: gradients, if asked for, keep every tile.
       shards: over how many devices the columns are split; tiles are cut inside each share, so that
         every device works on its own columns of every tile.
     Returns:
@@ -56,7 +61,7 @@ def tiled_matmul(
     Cost: 2 · tokens · d_in · d_out flops, and the base is unpacked once per direction.
     """
     if isinstance(base, Dense) and base.w.dtype == x.dtype:
-        return _multiply_dense(x, base.w, low_rank)  # there is nothing to unpack
+        return _multiply_dense(x, take_layer(base.w, layer), low_rank)  # nothing is to be unpacked
     if base.d_out % shards:
         shards = 1
     # A tile of a b is held beside the weight's own, so with factors tiles are half as large.
@@ -65,7 +70,32 @@ def tiled_matmul(
         _cut(base.d_in, base.d_out, shards, least, elements)
         for elements in (_forward_elements(base.d_in), TILE_ELEMENTS)
     )
-    return _tiled(base.layout, cuts, *vary_alike((x, base.columns(), low_rank)))
+    if layer is None:
+        return _tiled(base.layout, cuts, *vary_alike((x, base.columns(), low_rank)))
+    given = vary_alike((x, _columns_of_layer(base, layer), low_rank))
+    return _multiply_tiles(base.layout, cuts[0], *given)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _InStack:
+    """A layer's column that is not sliced yet: XLA would copy it before the loop over tiles."""
+
+    stack: jax.Array
+    layer: jax.Array
+
+
+def _columns_of_layer(base: Base, layer: jax.Array) -> tuple:
+    """Returns a layer's columns; what the base holds as it is stays in its stack."""
+    one = take_layer(base, layer)
+    stacks = {
+        id(taken): stack
+        for taken, stack in zip(jax.tree.leaves(one), jax.tree.leaves(base), strict=True)
+    }
+    return tuple(
+        _InStack(stacks[id(column)], layer) if id(column) in stacks else column
+        for column in one.columns()
+    )
 
 
 def _multiply_dense(x: jax.Array, w: jax.Array, low_rank) -> jax.Array:
@@ -116,8 +146,10 @@ def vary_alike(arrays):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tiled(layout: Layout, cuts: tuple[Cut, Cut], x: jax.Array, columns: tuple, low_rank):
     """Returns the product; `cuts` are those of the forward and the backward pass."""
-    cut, _ = cuts
+    return _multiply_tiles(layout, cuts[0], x, columns, low_rank)
 
+
+def _multiply_tiles(layout: Layout, cut: Cut, x: jax.Array, columns: tuple, low_rank):
     def multiply(y, number):
         w = layout.dense(_take(columns, number, cut), x.dtype)
         w = w + _product_tile(low_rank, number, cut, w.dtype)
@@ -201,13 +233,15 @@ def _take(columns, number, cut: Cut):
     arrays.
     """
 
-    def take(array):
-        lead = array.shape[:-1]
-        array = array.reshape(*lead, cut.shards, cut.tiles, cut.width)
-        tile = lax.dynamic_index_in_dim(array, number, axis=-2, keepdims=False)
-        return tile.reshape(*lead, cut.shards * cut.width)  # [..., shards · width]
+    def take(array: Any) -> jax.Array:
+        layer = None
+        if isinstance(array, _InStack):
+            array, layer = array.stack, array.layer
+        array = array.reshape(*array.shape[:-1], cut.shards, cut.tiles, cut.width)
+        tile = lax.dynamic_index_in_dim(take_layer(array, layer), number, axis=-2, keepdims=False)
+        return tile.reshape(*tile.shape[:-2], cut.shards * cut.width)  # [..., shards · width]
 
-    return jax.tree.map(take, columns)
+    return jax.tree.map(take, columns, is_leaf=lambda node: isinstance(node, _InStack))
 
 
 def _join(tiles: jax.Array, cut: Cut) -> jax.Array:

@@ -26,12 +26,15 @@ def draw(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
 
 
-def draw_stack(**parts) -> CompressedLinear:
+def draw_affine() -> Affine:
     random = np.random.RandomState(0)
     words = random.randint(0, 2**32, (LAYERS, D_IN // 32 * 2, D_OUT), np.uint32)
     scales, zeros = draw(LAYERS, 2, D_OUT), draw(LAYERS, 2, D_OUT, seed=1)
-    base = Affine(jnp.asarray(words), scales, zeros, bits=2, group_size=32, d_in=D_IN)
-    return CompressedLinear(prepare(base), **parts)
+    return Affine(jnp.asarray(words), scales, zeros, bits=2, group_size=32, d_in=D_IN)
+
+
+def draw_stack(**parts) -> CompressedLinear:
+    return CompressedLinear(prepare(draw_affine()), **parts)
 
 
 def draw_adapter(rank: int, pool: int = 1) -> LowRank:
@@ -65,18 +68,29 @@ def test_equals_the_layer_by_itself(name):
         assert_near([came], [linear(x, jax.tree.map(lambda a, i=index: a[i], stack))], 1e-5)
 
 
-def test_picks_stacks_for_kernels_and_slices_of_all_else():
-    stored = Affine(
-        jnp.zeros((LAYERS, 4, D_OUT), jnp.uint32), draw(LAYERS, 2, D_OUT), None,
-        bits=2, group_size=32, d_in=D_IN,
-    )  # fmt: skip
-    segment = {"packed": draw_stack(), "stored": CompressedLinear(stored), "scale": draw(LAYERS, 5)}
+def test_picks_stacks_of_weights_and_slices_of_all_else():
+    segment = {"packed": draw_stack(), "scale": draw(LAYERS, 5)}
     picked = pick_layer(segment, jnp.int32(1))
     assert isinstance(picked["packed"], Layer)
     assert picked["packed"].stack is segment["packed"] and int(picked["packed"].index) == 1
-    assert isinstance(picked["stored"], CompressedLinear)
-    assert picked["stored"].stack_shape == ()
     assert np.array_equal(picked["scale"], segment["scale"][1])
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_no_words_of_a_layer_are_sliced_before_its_tiles(prepared):
+    stack = draw_stack() if prepared else CompressedLinear(draw_affine())
+
+    def scan(stack, x):
+        def step(x, index):
+            return x, linear(x, pick_layer(stack, index))
+
+        return jax.lax.scan(step, x, jnp.arange(LAYERS))[1]
+
+    program = jax.jit(scan).lower(stack, draw(2, D_IN)).as_text()
+    words = jax.tree.leaves(stack)[0].shape[1]
+    # Tiles of words are: half of the columns, inside of the inner loop.
+    assert f"tensor<{words}x{D_OUT // 2}xui32>" in program
+    assert f"{words}x{D_OUT}xui32>" not in program.replace(f"{LAYERS}x{words}x{D_OUT}xui32>", "")
 
 
 def test_the_gradient_is_of_that_layer_alone():
