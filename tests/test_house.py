@@ -72,6 +72,10 @@ MIRRORS = {
     "lqec_jax/cli/__init__.py": ("tests/cli/test_app.py", "re-exports main"),
     "lqec_jax/__main__.py": ("tests/test_house.py", "one line, run below as a subprocess"),
     "kernels/lqec_kernels/fields.py": ("tests/kernels/test_formats.py", "how formats say theirs"),
+    "kernels/lqec_kernels/triton_codes.py": (
+        "tests/kernels/test_triton_source.py",
+        "what the kernels read, compiled and interpreted with them",
+    ),
     "kernels/lqec_kernels/__init__.py": ("tests/kernels/test_api.py", "re-exports"),
 }
 
@@ -131,7 +135,8 @@ def test_imports_go_down_the_ladder():
 
 def test_kernels_depend_on_jax_only():
     # numpy comes with jax; Triton's kernels are written in one package and called by another.
-    more = {"triton_source.py": {"triton"}, "triton_matmul.py": {"jax_triton"}}
+    more = {"triton_source.py": {"triton"}, "triton_codes.py": {"triton"},
+            "triton_matmul.py": {"jax_triton"}}  # fmt: skip
     for path in KERNELS:
         packages = {module.partition(".")[0] for module in imported(parse(path))}
         known = {"jax", "numpy", "lqec_kernels"} | more.get(path.name, set())
@@ -153,9 +158,11 @@ def test_flax_is_imported_by_models_only():
 
 def test_optional_packages_are_imported_where_they_are_needed():
     # Triton compiles a kernel from its module, which `triton_matmul` imports where it calls one.
-    source = ROOT / "kernels/lqec_kernels/triton_source.py"
+    kernels = [f"kernels/lqec_kernels/triton_{part}.py" for part in ("source", "codes")]
     wrong = {
-        name_of(path): imported_at_top(parse(path)) & LAZY for path in SOURCES if path != source
+        name_of(path): imported_at_top(parse(path)) & LAZY
+        for path in SOURCES
+        if name_of(path) not in kernels
     }
     assert not {name: packages for name, packages in wrong.items() if packages}
 

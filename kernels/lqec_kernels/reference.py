@@ -237,6 +237,10 @@ def _take(columns, number, cut: Cut):
         layer = None
         if isinstance(array, _InStack):
             array, layer = array.stack, array.layer
+        if cut.shards == 1:
+            # A reshape, where a tile's width is no multiple of a TPU's lanes, moves the whole array.
+            array = take_layer(array, layer)
+            return lax.dynamic_slice_in_dim(array, number * cut.width, cut.width, axis=-1)
         array = array.reshape(*array.shape[:-1], cut.shards, cut.tiles, cut.width)
         tile = lax.dynamic_index_in_dim(take_layer(array, layer), number, axis=-2, keepdims=False)
         return tile.reshape(*tile.shape[:-2], cut.shards * cut.width)  # [..., shards · width]

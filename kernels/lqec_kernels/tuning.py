@@ -21,9 +21,10 @@ import jax
 
 TABLE = Path(__file__).with_name("triton_configs.json")
 UNIT = 256
-# Programs of two warps that the rule wants: eight for each multiprocessor of a large GPU, so that
-# never all of them wait for their loads.
-PROGRAMS = 1024
+# Programs that the rule wants: four for each multiprocessor of a large GPU, which has room for as
+# many at once. Each loads two turns ahead, so that is enough; the few of a second wave would run
+# alone, and every split of the inputs is a float32 result to write and to sum.
+PROGRAMS = 512
 # Seconds of timing that are enough for one configuration, and the fewest runs.
 ENOUGH, FEWEST = 0.05, 5
 
@@ -88,15 +89,18 @@ def choose(problem: Problem, folder: Path | None = None) -> Config:
 def choose_by_rule(problem: Problem) -> Config:
     """Chooses by sizes alone.
 
-    'rows': two warps (four for more than 16 rows, whose sums need their registers) take 64 columns
-    and all rows; inputs are split until there are 1024 programs. With 128 columns Triton loads x
-    outside of its pipeline and every sub-block waits. 'tiles': 128 columns and up to 128 rows, on 8
-    warps, with two stages of loads: three are more shared memory than there is.
+    'rows': two warps take 128 columns and all rows, and inputs are split into so many parts that
+    there are about 512 programs. It is 64 columns where a program had too little room for more: at
+    8 bits, and with more than 16 rows, whose sums four warps make. Fewer rows are never given four:
+    Triton then takes other instructions of the matrix units, which want x in shared memory, and
+    puts it there once more. 'tiles': 128 columns and up to 128 rows, on 8 warps, with two stages of
+    loads: three are more shared memory than there is.
     """
     units = -(-problem.d_in // UNIT)
     if problem.kind == "rows":
-        rows, columns = max(8, _power_of_two(problem.m)), 64
-        splits = -(-PROGRAMS // -(-problem.d_out // columns))
+        rows = max(8, _power_of_two(problem.m))
+        columns = 128 if rows <= 16 and problem.bits < 8 else 64
+        splits = max(1, round(PROGRAMS / -(-problem.d_out // columns)))
         return Config(rows, columns, min(units, splits), num_warps=2 if rows <= 16 else 4)
     rows = min(128, max(16, _power_of_two(problem.m)))
     return Config(rows, 128, num_warps=8 if rows == 128 else 4, num_stages=2)
@@ -108,7 +112,8 @@ def list_candidates(problem: Problem) -> list[Config]:
     if problem.kind == "rows":
         units = -(-problem.d_in // UNIT)
         splits = sorted({1, *(min(units, max(1, rule.splits * n // 2)) for n in (1, 2, 4))})
-        sizes = [(32, 1), (64, 2), (64, 4), (128, 4), (128, 8)]
+        few, many = [(32, 1), (64, 1), (64, 2), (128, 2), (256, 2)], [(64, 4), (128, 4), (128, 8)]
+        sizes = few if rule.block_m <= 16 else many
         found = [Config(rule.block_m, n, s, w, t) for n, w in sizes for s in splits for t in (2, 4)]
     else:
         rows = sorted({32, 64, rule.block_m})

@@ -31,9 +31,23 @@ def test_every_configuration_can_be_a_kernels(kind, m, d_in, d_out):
             assert config.splits == 1
 
 
-def test_the_rule_splits_inputs_until_the_device_is_full():
+def test_the_rule_splits_inputs_until_the_device_is_full_once():
     splits = [choose_by_rule(HERE._replace(d_in=d_in, d_out=n)).splits for d_in, n in SHAPES]
-    assert splits == [16, 6, 3, 2]
+    assert splits == [16, 6, 2, 2]
+    for d_out in range(1024, 32768, 256):
+        config = choose_by_rule(HERE._replace(d_in=16384, d_out=d_out))
+        programs = config.splits * -(-d_out // config.block_n)
+        assert 0.75 * tuning.PROGRAMS <= programs <= 1.25 * tuning.PROGRAMS
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 48])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_few_rows_are_never_given_the_four_warps_of_the_other_instructions(m, bits):
+    few = m <= 16
+    problem = HERE._replace(m=m, bits=bits)
+    assert choose_by_rule(problem).block_n == (128 if few and bits < 8 else 64)
+    for config in tuning.list_candidates(problem):
+        assert (config.num_warps % 4 > 0) == few
 
 
 def time_by_columns(run) -> float:

@@ -3,7 +3,9 @@ TRITON_INTERPRET when a kernel is defined. Prints one line of JSON: case -> larg
 to the largest product, against numpy in float64.
 
 The interpreter knows neither PTX nor a bfloat16 product; both are given to it here, the PTX by a
-reader of just the instructions that the kernels write.
+reader of just the instructions that the kernels write. Products are summed as by matrix units at
+their worst: sixteen and the sum so far at a time, each cut, not rounded, at the 24th digit of the
+largest of them.
 """
 
 import json
@@ -31,6 +33,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def read_ptx(text: str, words: list[np.ndarray]) -> np.ndarray:
     """Runs a block of PTX over arrays of 32-bit words, $1, $2, ...; returns $0."""
     registers = {f"${i + 1}": w.astype(np.uint32) for i, w in enumerate(words)}
+    registers["%lanemask_eq"] = np.uint32(1 << 5)  # of some lane
 
     def value(name: str):
         return registers[name] if name in registers else np.uint32(int(name, 0))
@@ -45,8 +48,12 @@ def read_ptx(text: str, words: list[np.ndarray]) -> np.ndarray:
 
 
 def run_instruction(name: str, operands: list) -> np.ndarray:
-    if name == "mov.b32":
+    if name in ("mov.b32", "mov.u32"):
         return operands[0]
+    if name == "popc.b32":
+        return np.uint32(int(operands[0]).bit_count())
+    if name == "lop3.b32":
+        return choose_bits(*operands)
     if name == "prmt.b32":
         high, low = int(operands[2]) >> 8, int(operands[2]) & 0xFF
         halves = {0x10: np.uint32(0), 0x32: np.uint32(16), 0x54: np.uint32(0), 0x76: np.uint32(16)}
@@ -56,9 +63,20 @@ def run_instruction(name: str, operands: list) -> np.ndarray:
         kind = "float16" if name.endswith(".f16x2") else "bfloat16"
         a, b, c = (halves_of(operand, kind) for operand in operands)
         return join([a[i] * b[i] + c[i] for i in range(2)], kind)
-    binary = {"shr.b32": np.right_shift, "shl.b32": np.left_shift, "and.b32": np.bitwise_and,
-              "or.b32": np.bitwise_or}[name]  # fmt: skip
+    binary = {"shr.b32": np.right_shift, "shl.b32": np.left_shift, "mul.lo.u32": np.multiply}[name]
     return binary(operands[0], operands[1])
+
+
+def choose_bits(a, b, c, table) -> np.ndarray:
+    """Looks each bit up in a table of eight: bits of a, b and c are its place, 4 a + 2 b + c."""
+    chosen = np.zeros_like(a)
+    for place in range(8):
+        if int(table) >> place & 1:
+            first, second, third = (
+                number if place & bit else ~number for number, bit in ((a, 4), (b, 2), (c, 1))
+            )
+            chosen |= first & second & third
+    return chosen
 
 
 def halves_of(words, kind: str) -> list[np.ndarray]:
@@ -96,14 +114,21 @@ def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
 
 
 def create_dot(self, a, b, d, *options):
-    return TensorHandle(widen(a) @ widen(b) + d.data, d.dtype.scalar)
+    left, right, sums = widen(a), widen(b), d.data.astype(np.float64)  # [n, k], [k, m], [n, m]
+    for k in range(0, left.shape[1], 16):
+        products = left[:, k : k + 16, None] * right[None, k : k + 16]  # [n, 16, m]
+        terms = np.concatenate([products, sums[:, None]], axis=1)
+        digit = 2.0 ** (np.frexp(np.abs(terms).max(axis=1, keepdims=True))[1] - 24)
+        sums = (np.trunc(terms / digit) * digit).sum(axis=1).astype(np.float32).astype(np.float64)
+    return TensorHandle(sums.astype(np.float32), d.dtype.scalar)
 
 
 def widen(handle: TensorHandle) -> np.ndarray:
-    """Returns numbers as float32; the interpreter holds a bfloat16 as its bits."""
+    """Returns numbers as float64; the interpreter holds a bfloat16 as its bits."""
     if handle.dtype.scalar == tl.bfloat16:
-        return (handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return handle.data.astype(np.float32)
+        bits = handle.data.astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32).astype(np.float64)
+    return handle.data.astype(np.float64)
 
 
 interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
@@ -125,6 +150,9 @@ class Case(NamedTuple):
     ptx: bool = True
     tiles: bool = False
     layer: int | None = None  # of a stack of three
+    scale_kind: str = "float16"
+    offset_kind: str = "float16"
+    pieces: bool = False  # x is float32, as three bfloat16 pieces
 
 
 CASES = [
@@ -147,6 +175,16 @@ CASES = [
     Case(3, 300, 40, 60, m=2, rank=5, splits=2, layer=2), Case(2, 512, 40, 64, layer=1),
     Case(3, 512, 40, 64, "bfloat16", m=20, rank=6, tiles=True, layer=1),
     Case(4, 512, 40, 64, offsets=False, rank=16, layer=2),
+    # Rows: for one group or several in eight columns, sixteen columns, and more.
+    *(Case(2, 512, 40, 64, "bfloat16", m=m) for m in (1, 2, 4, 8, 16, 20)),
+    Case(4, 256, 32, 32, m=1),
+    # Scales and offsets of other dtypes.
+    Case(2, 512, 40, 64, offset_kind="uint8"), Case(3, 300, 40, 60, offset_kind="uint8"),
+    Case(4, 512, 40, 64, "bfloat16", scale_kind="bfloat16", offset_kind="uint8", m=16),
+    Case(2, 512, 40, 64, offset_kind="float32"), Case(4, 512, 40, 128, scale_kind="float32", m=1),
+    # Pieces of float32, sums long enough for what cutting adds up to.
+    Case(2, 4096, 32, 64, m=1, pieces=True), Case(4, 2048, 32, 64, offsets=False, m=4, pieces=True),
+    Case(2, 4096, 32, 64, m=1), Case(2, 4096, 32, 64, "bfloat16", m=1, offsets=False),
 ]  # fmt: skip
 
 
@@ -156,16 +194,17 @@ def draw(case: Case) -> dict[str, np.ndarray]:
     to = DTYPES[case.kind]
 
     def tensor(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(random.standard_normal(shape).astype(np.float32)).to(to)
+        return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
 
+    zeros = torch.from_numpy(random.rand(groups, case.d_out))
     codes = random.randint(0, 2**case.bits, (case.d_in, case.d_out)).astype(np.uint8)
     return {
         "codes": codes,
-        "x": tensor(case.m, case.d_in),
-        "scales": torch.from_numpy((0.1 + random.rand(groups, case.d_out)).astype(np.float16)),
-        "offsets": torch.from_numpy((random.rand(groups, case.d_out) * 2**case.bits).astype("f4")),
-        "a": tensor(case.d_in, max(case.rank, 1)),
-        "b": tensor(max(case.rank, 1), case.d_out),
+        "x": tensor(case.m, case.d_in).to(torch.float32 if case.pieces else to),
+        "scales": (0.1 + tensor(groups, case.d_out).abs()).to(getattr(torch, case.scale_kind)),
+        "offsets": (zeros * 2**case.bits).to(getattr(torch, case.offset_kind)),
+        "a": tensor(case.d_in, max(case.rank, 1)).to(to),
+        "b": tensor(max(case.rank, 1), case.d_out).to(to),
         "planes": [torch.from_numpy(p.view(np.int32)).view(torch.uint32)
                    for p in split_by_numpy(codes, case.bits, UNIT)],
     }  # fmt: skip
@@ -186,7 +225,8 @@ def multiply_by_numpy(case: Case, given: dict) -> np.ndarray:
 def stack(case: Case, given: dict) -> list[torch.Tensor]:
     """Returns a, b and the weight's arrays; of a stack, the other layers' numbers are wrong."""
     planes = given["planes"]
-    arrays = [given["a"], given["b"], planes[0], planes[-1], given["scales"], given["offsets"]]
+    offsets = given["offsets" if case.offsets else "scales"]
+    arrays = [given["a"], given["b"], planes[0], planes[-1], given["scales"], offsets]
     if case.layer is None:
         return arrays
     stacks = []
@@ -233,12 +273,23 @@ def multiply_by_kernels(case: Case, given: dict) -> np.ndarray:
     return y.numpy()
 
 
+def multiply_pieces(case: Case, given: dict) -> np.ndarray:
+    """Multiplies by a float32 x as `triton_matmul` does: its bfloat16 pieces are rows."""
+    pieces, rest = [], given["x"]
+    for _ in range(3):
+        pieces.append(rest.to(torch.bfloat16))
+        rest = rest - pieces[-1]
+    y = multiply_by_kernels(case._replace(m=3 * case.m), given | {"x": torch.cat(pieces)})
+    return y.reshape(3, case.m, case.d_out).sum(0)  # [m, d_out]
+
+
 def main() -> None:
     errors = {}
     for case in CASES:
         given = draw(case)
         wanted = multiply_by_numpy(case, given)
-        error = np.abs(multiply_by_kernels(case, given) - wanted).max() / np.abs(wanted).max()
+        made = (multiply_pieces if case.pieces else multiply_by_kernels)(case, given)
+        error = np.abs(made - wanted).max() / np.abs(wanted).max()
         errors[str(case)] = float(error) if np.isfinite(error) else None
     print(json.dumps(errors))
 

@@ -28,7 +28,7 @@ PRODUCT = "lqec_kernels.api.tiled_matmul"
 fresh_fns = model_fns.__wrapped__
 
 
-def multiply_densely(x, base, *, low_rank=None, shards=1):
+def multiply_densely(x, base, *, low_rank=None, layer=None, shards=1):
     return x @ base.dense(x.dtype)
 
 
