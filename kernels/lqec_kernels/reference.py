@@ -239,13 +239,20 @@ def _take(columns, number, cut: Cut):
             array, layer = array.stack, array.layer
         if cut.shards == 1:
             # A reshape, where a tile's width is no multiple of a TPU's lanes, moves the whole array.
-            array = take_layer(array, layer)
-            return lax.dynamic_slice_in_dim(array, number * cut.width, cut.width, axis=-1)
+            return _slice_columns(array, layer, number * cut.width, cut.width)
         array = array.reshape(*array.shape[:-1], cut.shards, cut.tiles, cut.width)
         tile = lax.dynamic_index_in_dim(take_layer(array, layer), number, axis=-2, keepdims=False)
         return tile.reshape(*tile.shape[:-2], cut.shards * cut.width)  # [..., shards · width]
 
     return jax.tree.map(take, columns, is_leaf=lambda node: isinstance(node, _InStack))
+
+
+def _slice_columns(array: jax.Array, layer: jax.Array | None, start, width: int) -> jax.Array:
+    if layer is None:
+        return lax.dynamic_slice_in_dim(array, start, width, axis=-1)
+    _, *middle, _ = array.shape
+    starts = (layer, *(0 for _ in middle), start)
+    return lax.dynamic_slice(array, starts, (1, *middle, width))[0]
 
 
 def _join(tiles: jax.Array, cut: Cut) -> jax.Array:

@@ -26,7 +26,7 @@ def test_xla_takes_everything_and_every_platform_ends_with_it(affine):
     assert ORDER["cpu"] == ("xla",)
 
 
-@pytest.mark.parametrize("name", ["pallas", "triton", "pallas_triton"])
+@pytest.mark.parametrize("name", ["pallas", "triton", "pallas_triton", "mosaic"])
 def test_kernels_read_some_formats_some_floats_and_one_device(affine, name):
     five = draw_affine(5, 64, 8, group=16)
     assert why_not(name, five, jnp.float32) == "it reads no Affine of 5 bits"
@@ -34,6 +34,24 @@ def test_kernels_read_some_formats_some_floats_and_one_device(affine, name):
     assert "x is float64; it takes float32" in why_not(name, affine, jnp.float64)
     assert "split over 2 devices" in why_not(name, affine, jnp.float32, shards=2)
     assert can_prepare(affine) and not can_prepare(five) and not can_prepare(prepare(affine))
+
+
+def test_a_program_that_the_compiler_splits_takes_no_kernel(affine, monkeypatch):
+    on(monkeypatch, "tpu")
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    reasons = []
+
+    def look(x: jax.Array) -> jax.Array:
+        reasons.append(why_not("pallas", affine, jnp.bfloat16))
+        return x
+
+    split = jax.sharding.PartitionSpec("data")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        look(jnp.ones(4))
+        assert "over 4 devices" in reasons.pop()
+        jax.eval_shape(jax.shard_map(look, mesh=mesh, in_specs=split, out_specs=split), jnp.ones(4))
+    look(jnp.ones(4))
+    assert set(reasons) == {""}
 
 
 def test_pallas_is_of_cpus_and_tpus(affine, monkeypatch):
@@ -56,3 +74,19 @@ def test_triton_needs_a_gpu_and_its_package(affine, monkeypatch):
     assert "pip install 'lqec-jax[triton]'" in why_not("triton", affine, jnp.float32)
     monkeypatch.setattr("lqec_kernels.capability.find_spec", lambda name: object())
     assert why_not("triton", affine, jnp.float32) == ""
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
+def test_mosaic_needs_hopper(affine, monkeypatch, capability):
+    reason = why_not("mosaic", affine, jnp.bfloat16)
+    assert reason == "it needs an NVIDIA GPU; the default backend is 'cpu'"
+
+    class Device:
+        compute_capability = capability
+
+    on(monkeypatch, "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    reason = why_not("mosaic", affine, jnp.bfloat16)
+    hopper = f"it needs a Hopper GPU, of compute capability 9.0; this one's is {capability}"
+    assert reason == ("" if capability == "9.0" else hopper)
+    assert not any("mosaic" in order for order in ORDER.values())

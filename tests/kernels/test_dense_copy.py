@@ -42,9 +42,13 @@ def test_on_a_cpu_small_weights_become_dense_and_large_ones_stay(monkeypatch, ca
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_elsewhere_weights_are_in_the_order_of_the_kernels(platform):
     leaf = draw_leaf(64, 32)
-    made = ready(leaf, platform=platform)
+    made = ready(leaf, platform=platform, dtype=jnp.bfloat16)
     assert isinstance(made.base, Planes)
     np.testing.assert_array_equal(made.dense(), leaf.dense())
+    on_tpu = platform == "tpu"
+    assert made.base.scales.dtype == (jnp.float32 if on_tpu else jnp.float16)
+    assert made.base.planes[0].dtype == jnp.uint32
+    assert made.corrections[0].a.dtype == (jnp.bfloat16 if on_tpu else jnp.float32)
 
 
 def test_it_takes_the_platform_that_jax_runs_on():

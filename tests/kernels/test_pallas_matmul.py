@@ -1,11 +1,13 @@
 """The Pallas kernel: interpreted it equals the reference; for TPUs and GPUs it lowers, here."""
 
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
@@ -14,7 +16,7 @@ from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.models.stepping import step_fns
 from lqec_kernels import CompressedLinear, LowRank, prepare, use
 from lqec_kernels.api import packed_matmul
-from lqec_kernels.pallas_matmul import choose_config, pallas_matmul
+from lqec_kernels.pallas_matmul import choose_config, choose_gpu_config, pallas_matmul
 from lqec_kernels.tuning import Config
 from tests.golden.tiny_checkpoint import write_checkpoint
 from tests.kernels.products import (
@@ -83,6 +85,53 @@ def test_tiles_of_another_size_make_the_same_product():
     assert run(x[:0], base).shape == (0, 20, 384)
 
 
+STACKS = {
+    "numbers of float32": lambda: replace(
+        prepare(draw_affine(3, 320, 130, group=64, kind="floating", lead=(3,))),
+        scales=jnp.asarray(draw(3, 5, 130)),
+    ),
+    "numbers of float16": lambda: prepare(draw_affine(2, 512, 130, group=64, lead=(3,))),
+    "levels, scales of scales": lambda: jax.tree.map(
+        lambda *layers: jnp.stack(layers),
+        *[prepare(OTHERS["levels of a table, scales of scales"]())] * 3,
+    ),
+    "two of four": lambda: prepare(draw_sparse(4, 512, 12, group=32, lead=(3,))),
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_a_layer_of_a_stack_is_read_in_place(kind):
+    stack = STACKS[kind]()
+    # Few rows of bfloat16 go by another way, see `pallas_pairs`.
+    dtype = "bfloat16" if kind == "numbers of float32" else "float32"
+    x = draw_rows(4, stack.d_in, dtype=dtype)
+    a, b = draw(3, stack.d_in, 20, seed=1) / 8, draw(3, 20, stack.d_out, seed=2) / 8
+    low_rank = (jnp.asarray(a, "float16"), jnp.asarray(b, "bfloat16"))
+
+    @jax.jit
+    def answers(x, stack, low_rank):
+        def step(_, layer):
+            one = jax.tree.map(lambda array: array[layer], (stack, low_rank))
+            return None, (pallas_matmul(x, stack, low_rank, layer=layer), pallas_matmul(x, *one))
+
+        return jax.lax.scan(step, None, jnp.arange(3))[1]
+
+    in_place, alone = answers(x, stack, low_rank)
+    assert in_place.shape == (3, 4, stack.d_out) and not np.array_equal(alone[0], alone[1])
+    np.testing.assert_array_equal(in_place, alone)
+
+
+def test_a_kernel_is_given_the_stack_and_columns_of_any_number():
+    stack = STACKS["numbers of float32"]()
+    low_rank = draw_rows(3, 320, 20, dtype="bfloat16"), draw_rows(3, 20, 130)
+    text = lower("tpu", draw_rows(1, 320), stack, low_rank, layer=jnp.int32(1))
+    (call,) = (line for line in text.splitlines() if "@tpu_custom_call(" in line)
+    given = re.findall(r"tensor<([^>]*)>", call[call.rindex(": (") : call.rindex("->")])
+    # x, padded to whole units, words, scales and offsets; a, padded as x, and b.
+    wanted = "1xi32 1x1x512xf32 3x32x130xui32 3x16x130xui32 3x5x130xf32 5x130xf32 1x20x512xf32"
+    assert given == [*wanted.split(), "3x20x130xf32"]
+
+
 def test_gradients_are_the_references():
     base = prepare(draw_affine(3, 64, 12, group=16, kind="floating"))
     adapters = [draw_adapter(64, 12, 3), draw_adapter(64, 12, 2, 16)]
@@ -133,9 +182,10 @@ def test_under_shard_map_with_a_weight_that_every_device_holds():
     assert_near(came, answers(multiply_densely, base.scales, x), 1e-3)
 
 
-def lower(platform: str, x, base, low_rank, **options) -> str:
+def lower(platform: str, x, base, low_rank, layer=None, **options) -> str:
     run = jax.jit(partial(pallas_matmul, **options))
-    return run.trace(x, base, low_rank).lower(lowering_platforms=(platform,)).as_text()
+    traced = run.trace(x, base, low_rank, layer=layer)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("kind", [2, 3, 4, 8, *OTHERS])
@@ -153,16 +203,27 @@ def test_lowers_for_tpus_and_nvidia_gpus_without_one(kind):
         lower("cuda", x, base, factors)
 
 
-def test_tiles_are_chosen_by_size():
-    # One token: the least rows; columns as many as 2 MB of words allow, and 128 divide.
-    assert choose_config(1, 4096, 4096, 2.5) == Config(16, 512)
-    assert choose_config(1, 4096, 11008, 2.5) == Config(16, 256)
-    assert choose_config(1, 4096, 4224, 2.5) == Config(16, 128)
-    assert choose_config(1, 28672, 8192, 4.5) == Config(16, 128)
-    # Many: 128 rows where they fit.
-    assert choose_config(4096, 1024, 4096, 2.5).block_m == 128
-    assert choose_config(4096, 28672, 8192, 4.5).block_m == 16
-    assert choose_config(33, 64, 10, 2.5, on_gpu=True) == Config(64, 64, num_stages=2)
+def choose(m: int, d_in: int, d_out: int, bits: float, dtype_bytes: int = 2, rank: int = 64):
+    column_bytes, row_bytes = d_in * bits / 8, d_in * dtype_bytes
+    return choose_config(m, d_in, d_out, column_bytes=column_bytes, row_bytes=row_bytes, rank=rank)
+
+
+def test_tiles_are_chosen_by_what_fits_into_vmem():
+    # One token: the least rows, 512 columns, fewer if much of the last tile would hang over.
+    assert choose(1, 4096, 4096, 3) == choose(1, 4096, 11008, 3) == Config(16, 512)
+    assert choose(1, 4096, 640, 3) == Config(16, 128)
+    assert choose(1, 28672, 8192, 3) == Config(16, 256)
+    # Many: 256 rows and as many columns as keep the sums in registers, fewer rows of a long d_in.
+    assert choose(2048, 4096, 4096, 3) == Config(256, 256)
+    assert choose(2048, 28672, 8192, 3) == Config(64, 128)
+    assert choose(100, 4096, 4096, 3) == Config(64, 512)
+    with pytest.raises(NotImplementedError, match="128 columns of 65536 inputs do not fit into 14"):
+        choose(1, 65536, 4096, 8)
+
+
+def test_tiles_of_a_gpu_fit_into_its_registers():
+    assert choose_gpu_config(33) == Config(64, 64, num_stages=2)
+    assert choose_gpu_config(1) == Config(16, 64, num_stages=2)
 
 
 def test_a_model_answers_and_generates_by_it(tmp_path):

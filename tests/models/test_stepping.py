@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from lqec_jax.models.cache import Cache
-from lqec_jax.models.decoder import init_params
+from lqec_jax.models.decoder import init_params, model_fns
 from lqec_jax.models.families import read_config
 from lqec_jax.models.stepping import step_fns
 from tests.compiling import options_for_memory
@@ -58,3 +58,17 @@ def test_a_step_holds_one_layer_of_the_cache():
     )
     layer = sum(array.size * 4 for array in (cache.keys, cache.values)) / config.layers
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.5 * layer
+
+
+def test_a_single_row_on_a_tpu_has_company_and_the_same_logits(monkeypatch):
+    config = read_config(VARIANTS["llama3"])
+    params = build_params(config, make_weights(VARIANTS["llama3"], SEED))
+    head = model_fns(config).head
+    row = np.random.default_rng(0).standard_normal((1, config.d_model)).astype(np.float32)
+    wanted = head(params, row)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert f"f32[2,{config.vocab_size}]" in str(jax.make_jaxpr(head)(params, row))
+    for lead in ((1,), (1, 1)):
+        came = head(params, row.reshape(*lead, -1))
+        assert came.shape == (*lead, config.vocab_size)
+        np.testing.assert_allclose(came.reshape(1, -1), wanted, atol=1e-6)

@@ -16,7 +16,7 @@ from lqec_jax.models.stepping import step_fns
 from lqec_jax.train.fit import shard_state
 from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import init_state, make_update
-from lqec_kernels import prepare, use
+from lqec_kernels import ready, use
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llama_7b import make_params, read_config  # noqa: E402
@@ -25,14 +25,14 @@ DTYPE = jnp.bfloat16
 
 
 def shape_params(config: Any, *, prepared: bool) -> Any:
-    """Returns the shapes of a model's parameters."""
+    """Returns the shapes of a model's parameters, as stored or as they are multiplied by."""
 
     def draw(leaf: Any) -> Any:
         return jax.tree.map(lambda a: jnp.zeros((config.layers, *a.shape), a.dtype), leaf)
 
     def make() -> Any:
         params = make_params(config, DTYPE, draw, lambda shape: jnp.zeros(shape, DTYPE))
-        return prepare(params) if prepared else params
+        return ready(params, dtype=DTYPE) if prepared else params
 
     return jax.eval_shape(make)
 

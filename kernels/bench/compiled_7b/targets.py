@@ -43,7 +43,8 @@ def aim(target: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     if PLATFORMS[target] == "tpu":
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                       "TPU_ACCELERATOR_TYPE": "v5litepod-4"}  # fmt: skip
+                       "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+                       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
         return
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     import triton.backends.nvidia
