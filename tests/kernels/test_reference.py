@@ -247,3 +247,10 @@ def test_neither_direction_holds_the_dense_weight():
     tiled, dense = temporary(tiled_matmul), temporary(dense_matmul)
     assert tiled < one_matrix
     assert dense > 2 * one_matrix
+
+
+def test_accelerators_take_fewer_larger_tiles(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    elements = _forward_elements(4096)
+    assert _cut(4096, 11008, 1, 2, elements).tiles == 4
+    assert _cut(4096, 4096, 1, 2, elements).tiles == 2
