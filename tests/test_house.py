@@ -76,6 +76,14 @@ MIRRORS = {
         "tests/kernels/test_triton_source.py",
         "what the kernels read, compiled and interpreted with them",
     ),
+    "kernels/lqec_kernels/mosaic_kernel.py": (
+        "tests/kernels/test_mosaic_matmul.py",
+        "interpreted, lowered and compiled where it is called",
+    ),
+    "kernels/lqec_kernels/mosaic_steps.py": (
+        "tests/kernels/test_mosaic_matmul.py",
+        "what the kernel is made of, interpreted and compiled with it",
+    ),
     "kernels/lqec_kernels/__init__.py": ("tests/kernels/test_api.py", "re-exports"),
 }
 

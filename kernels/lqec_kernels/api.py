@@ -43,8 +43,9 @@ def packed_matmul(
         kernel reads it where it lies.
       implementation: 'xla', in plain XLA, see `reference`; 'pallas', interpreted on a CPU and
         Mosaic's on a TPU; 'triton', for NVIDIA GPUs; 'pallas_triton', the Pallas kernel on them,
-        deprecated by jax 0.11; or 'auto', what `use` says, else the first that the platform has
-        and the base is prepared for (`capability.ORDER`), which is logged once.
+        deprecated by jax 0.11; 'mosaic', for Hopper GPUs, x of 16 bits and Planes; or 'auto', what
+        `use` says, else the first that the platform has and the base is prepared for
+        (`capability.ORDER`), which is logged once.
       shards: see `tiled_matmul`.
     Returns:
       [..., d_out] of x.dtype; sums are float32. Differentiable in x, the corrections and the base's
@@ -131,6 +132,10 @@ def _find_kernel(name: str) -> Callable:
         from lqec_kernels.triton_matmul import triton_matmul
 
         return triton_matmul
+    if name == "mosaic":
+        from lqec_kernels.mosaic_matmul import mosaic_matmul
+
+        return mosaic_matmul
     from lqec_kernels.pallas_matmul import pallas_matmul
 
     return partial(pallas_matmul, on_gpu=name == "pallas_triton")

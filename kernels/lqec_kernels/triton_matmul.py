@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lqec_kernels import tuning
+from lqec_kernels.batching import join_rows
 from lqec_kernels.formats import Base
 from lqec_kernels.layers import take_layer
 from lqec_kernels.planes import LARGEST_UNIT, WIDTHS, Planes
@@ -59,8 +60,7 @@ def triton_matmul(
     """
     check(x, base)
     *lead, d_in = x.shape
-    multiply = jax.custom_batching.custom_vmap(partial(_multiply, config=config))
-    multiply.def_vmap(partial(_multiply_batch, config=config))
+    multiply = join_rows(partial(_multiply, config=config))
     y = multiply(x.reshape(-1, d_in), base, low_rank, layer)  # [m, d_out]
     return y.reshape(*lead, base.d_out)  # [..., d_out]
 
@@ -120,27 +120,6 @@ def describe(rows: jax.Array, base: Planes) -> Problem:
         kind = "tiles" if m <= MANY_ROWS and pieces == 1 else "panels"
     device = jax.devices()[0].device_kind
     return Problem(kind, m * pieces, d_in, base.d_out, base.bits, device)
-
-
-def _multiply_batch(axis_size: int, batched: list, *given: Any, config: Config | None) -> tuple:
-    """The rule of vmap: rows of one weight are rows; several weights are multiplied by in turn."""
-    if not any(jax.tree.leaves(batched[1:])):
-        return _again(given, config), True
-    arrays, tree = jax.tree.flatten(given)
-    turns = jax.tree.leaves(batched)
-
-    def multiply(parts: list) -> jax.Array:
-        taken = iter(parts)
-        whole = [next(taken) if turn else array for turn, array in zip(turns, arrays, strict=True)]
-        return _again(jax.tree.unflatten(tree, whole), config)
-
-    turning = [array for turn, array in zip(turns, arrays, strict=True) if turn]
-    return lax.map(multiply, turning), True
-
-
-def _again(given: tuple, config: Config | None) -> jax.Array:
-    *arrays, layer = given
-    return triton_matmul(*arrays, layer=layer, config=config)
 
 
 def _multiply(rows: jax.Array, base: Planes, low_rank, layer, *, config: Config | None):
