@@ -43,8 +43,8 @@ def why_not(implementation: str, base: Base, dtype: Any, *, shards: int = 1) -> 
     devices = _count_devices()
     if devices > 1 and jax.default_backend() != "cpu":
         return (
-            f"the compiler splits the program over {devices} devices, and a kernel is one device's; "
-            "call it inside jax.shard_map"
+            f"the compiler splits the program over {devices} devices, and a kernel is one "
+            "device's; call it inside jax.shard_map"
         )
     return _why_not_here(implementation, jax.default_backend(), jnp.dtype(dtype).name)
 

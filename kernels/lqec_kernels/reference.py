@@ -246,7 +246,7 @@ def _take(columns, number, cut: Cut):
         if isinstance(array, _InStack):
             array, layer = array.stack, array.layer
         if cut.shards == 1:
-            # A reshape, where a tile's width is no multiple of a TPU's lanes, moves the whole array.
+            # Reshaped, where a tile's width is no multiple of a TPU's lanes, the whole array moves.
             return _slice_columns(array, layer, number * cut.width, cut.width)
         array = array.reshape(*array.shape[:-1], cut.shards, cut.tiles, cut.width)
         tile = lax.dynamic_index_in_dim(take_layer(array, layer), number, axis=-2, keepdims=False)

@@ -121,9 +121,10 @@ def write_table() -> None:
     ]
     for row in json.loads(RESULTS.read_text()):
         collectives = ", ".join(f"{n} {name}" for name, n in sorted(row["collectives"].items()))
+        mesh = "x".join(map(str, row["mesh"]))
         lines.append(
             f"| {row['target']} | {row['jax']} | {row['date']} | {row['program']} "
-            f"| {row['sequences'] or 1} | {row['implementation']} | {'x'.join(map(str, row['mesh']))} "
+            f"| {row['sequences'] or 1} | {row['implementation']} | {mesh} "
             f"| {row['arguments_mb']:.0f} | {row['temporary_mb']:.0f} "
             f"| {row['words_written_mb']:.1f} | {row['launches_a_layer']} | {collectives or '-'} |"
         )

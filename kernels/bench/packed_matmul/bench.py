@@ -6,10 +6,10 @@
 
 A figure is the seconds of one product. Products are made inside one compiled loop, each with the
 next of so many weights that they fill the level-2 cache four times; each x depends on the product
-before, so that nothing is moved out of the loop and no two products are made one. The floor is the larger of two times: the bytes that
-must be read and written at the measured rate of a copy, and the flops at the measured rate of a
-large bfloat16 product. Every peer that can be imported runs in the same process; torch's are
-captured as a CUDA graph.
+before, so that nothing is moved out of the loop and no two products are made one. The floor is the
+larger of two times: the bytes that must be read and written at the measured rate of a copy, and the
+flops at the measured rate of a large bfloat16 product. Every peer that can be imported runs in the
+same process; torch's are captured as a CUDA graph.
 """
 
 import argparse
