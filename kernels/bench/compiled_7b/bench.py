@@ -7,7 +7,7 @@
 XLA compiles for a described device without one, so what a program holds and moves is known before
 it has run. Nothing is timed: seconds are in other tables, or not run.
 
-2 bits in groups of 64 with floating zeros, rank 64, 32 layers in one scan, bfloat16. Decode is one
+2 bits in groups of 64 with integer zeros, rank 64, 32 layers in one scan, bfloat16. Decode is one
 token after 256 for 1 or 16 sequences, prefill reads 2048 tokens, an update of RILQ takes 8 windows
 of 1024 tokens over a mesh of data x model devices, adapters and Adam's moments in float32. MB are
 those of one device: arguments (weights, caches, optimizer), and what XLA holds beside them.

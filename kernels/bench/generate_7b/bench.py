@@ -7,7 +7,7 @@ Numbers are random and the weights never dense, not even while they are made; wh
 library's own decode step after `repack`, and reading a prompt. Each run adds its rows to
 results.json; the second form writes results.md.
 
-2 bits in groups of 64 with floating zeros, rank 64, a cache of 256 tokens; median of `steps` decode
+2 bits in groups of 64 with integer zeros, rank 64, a cache of 256 tokens; median of `steps` decode
 steps, every step waited for. MB are what the parameters take, and the process at its peak.
 """
 
