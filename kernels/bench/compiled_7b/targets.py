@@ -1,11 +1,12 @@
 """Compilers for accelerators that are not here: XLA's own, told of a device instead of given one.
 
-An H200 needs jax's CUDA plugin, `ptxas` on the path (triton's wheel has one) and no driver; a TPU
-needs libtpu. Call `aim` before jax is imported.
+An H200 needs jax's CUDA plugin, `ptxas` and no driver: the one on the path, or triton's, which is
+too old for jax 0.12. A TPU needs libtpu. Call `aim` before jax is imported.
 """
 
 import os
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 H200 = """
@@ -47,10 +48,11 @@ def aim(target: str) -> None:
                        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
         return
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    import triton.backends.nvidia
+    if which("ptxas") is None:
+        import triton.backends.nvidia
 
-    tools = Path(triton.backends.nvidia.__file__).with_name("bin")
-    os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
+        tools = Path(triton.backends.nvidia.__file__).with_name("bin")
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
 
 
 def describe(target: str, chips: int) -> Any:
