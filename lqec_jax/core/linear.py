@@ -28,9 +28,9 @@ def linear(x: jax.Array, leaf: jax.Array | CompressedLinear | Layer) -> jax.Arra
     """
     if isinstance(leaf, Layer):
         return _multiply(x, leaf.stack, leaf.index)
-    return (
-        _multiply(x, leaf, None) if isinstance(leaf, CompressedLinear) else x @ leaf.astype(x.dtype)
-    )
+    if isinstance(leaf, CompressedLinear):
+        return _multiply(x, leaf, None)
+    return x @ leaf.astype(x.dtype)
 
 
 def _multiply(x: jax.Array, leaf: CompressedLinear, layer: jax.Array | None) -> jax.Array:

@@ -66,9 +66,12 @@ def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = Tr
         if size is not None:
             kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis)
         equation = "...d,vd->...v" if tied else "...d,dv->...v"
+        rows = _accompany(post_norm)
         logits = jnp.einsum(
-            equation, _double(post_norm), kernel.astype(dtype), preferred_element_type=jnp.float32
-        )[: post_norm.shape[0]]
+            equation, rows, kernel.astype(dtype), preferred_element_type=jnp.float32
+        )
+        if rows is not post_norm:
+            logits = logits[:1]
         cap = config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -111,8 +114,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return params
 
 
-def _double(x: jax.Array) -> jax.Array:
-    """Puts a row of zeros beside a single one, on a TPU.
+def _accompany(x: jax.Array) -> jax.Array:
+    """Puts a row of zeros beside a single one, [1, ..., d] -> [2, ..., d], on a TPU.
 
     With one row its compiler leaves the matrix units aside, and expects three times the cycles.
     """
