@@ -1,8 +1,8 @@
 """Formats of compressed weights and the products with them. Depends on jax only.
 
 `formats` says what is stored, `packing` how codes become words, `reference` multiplies in plain XLA
-without ever holding a dense weight. `planes` is the kernels' layout and `prepare` makes it, `layers`
-is one of a stack, read where it lies. `capability` says what can run where, `api` chooses.
+without ever holding a dense weight. `planes` is the kernels' layout and `prepare` makes it,
+`layers` is one of a stack, read where it lies. `capability` says what can run where, `api` chooses.
 """
 
 from lqec_kernels.adapters import QuantizedLowRank
