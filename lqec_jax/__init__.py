@@ -8,12 +8,12 @@ from typing import Any
 
 _NAMES = {
     "combine": "lqec_jax.core.tree:combine",
-    "compare": "lqec_jax.comparison:compare",
+    "compare": "lqec_jax.analysis.comparison:compare",
     "compress": "lqec_jax.api:compress",
     "divergence": "lqec_jax.api:divergence",
     "export": "lqec_jax.api:export",
     "finetune": "lqec_jax.api:finetune",
-    "from_flax": "lqec_jax.io.flax_checkpoint:from_flax",
+    "from_flax": "lqec_jax.io.sources.flax:from_flax",
     "generate": "lqec_jax.evaluate.generate:generate",
     "InputError": "lqec_jax.errors:InputError",
     "linear": "lqec_jax.core.linear:linear",

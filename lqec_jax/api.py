@@ -15,21 +15,21 @@ from lqec_jax.calibration.data import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.tree import is_compressed, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
-from lqec_jax.driver import Driver
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
 from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.report import build_report
-from lqec_jax.finetuning import Rows, prepare_tuning, run_tuning
-from lqec_jax.io.artifact import is_artifact, load_artifact, save_artifact, write_artifact
-from lqec_jax.io.export import Exported, export_model, read_record
-from lqec_jax.io.flax_checkpoint import is_flax_checkpoint, load_flax_checkpoint
-from lqec_jax.io.run import Run, check_run
-from lqec_jax.io.verify import Verified, verify_export
-from lqec_jax.linear_steps import apply_steps
+from lqec_jax.io.artifact.artifact import is_artifact, load_artifact, save_artifact, write_artifact
+from lqec_jax.io.exports.export import Exported, export_model, read_record
+from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
+from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
-from lqec_jax.prepare import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
 from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.runs.driver import Driver
+from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
+from lqec_jax.runs.folder import Run, check_run
+from lqec_jax.runs.job import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
+from lqec_jax.runs.linears import apply_steps
 from lqec_kernels import DenseCopy, ready
 from lqec_kernels.capability import PREPARED
 from lqec_kernels.formats import CompressedLinear, Dense
@@ -254,7 +254,7 @@ def finetune(
       seqlen: longest row in tokens, 512 unless given, or the model's longest context.
       epochs: passes over the rows, 3 unless `updates` are given.
       settings: those of the step: rank, train, lr, batch, updates, ..; see
-        `compensation.finetune.finetune`.
+        `trainings.finetune.finetune`.
       mesh, out, resume, overwrite: as for `compress`.
     Returns:
       The model; `.report` says what was trained.
@@ -298,7 +298,7 @@ def export(
       format: 'hf' (dense, corrections folded in), 'peft' (the adapters), 'gptq',
         'compressed-tensors', 'flax'.
       options: `dtype`, `base_only`, and for some formats `gptq_version`, `base`, `dense`; see
-        `io.export.ExportOptions`.
+        `io.exports.export.ExportOptions`.
     Returns:
       .folder .format .stored_bytes .notes
     Raises:

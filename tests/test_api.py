@@ -149,7 +149,7 @@ def test_a_run_without_a_name_leaves_nothing_behind(model, tmp_path, monkeypatch
     lqec.compress(model, RTN, TOKENS, seqlen=SEQLEN)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr("lqec_jax.driver.Driver.compress", lambda self: 1 / 0)
+        patch.setattr("lqec_jax.runs.driver.Driver.compress", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lqec.compress(model, RTN, TOKENS, seqlen=SEQLEN)
     assert list(tmp_path.iterdir()) == []

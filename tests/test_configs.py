@@ -9,7 +9,7 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.cli import main
-from lqec_jax.config import CompressConfig, resolve
+from lqec_jax.cli.config import CompressConfig, resolve
 from lqec_jax.recipe import parse_recipe
 from tests.planning.shapes import LLAMA_7B
 

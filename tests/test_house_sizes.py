@@ -16,8 +16,8 @@ KERNELS = ("kernels/lqec_kernels/triton_source.py", "kernels/lqec_kernels/triton
 EXCEPTIONS = {
     "lqec_jax/api.py:compress": "the interface names its options; all but two are named",
     "lqec_jax/api.py:finetune": "the interface names its options; all but two are named",
-    "lqec_jax/comparison.py:compare": "the interface names its options; all but two are named",
-    "lqec_jax/prepare.py:prepare": "what compress was asked for, handed on by name",
+    "lqec_jax/analysis/comparison.py:compare": "the interface names its options, all but two",
+    "lqec_jax/runs/job.py:prepare": "what compress was asked for, handed on by name",
     "lqec_jax/train/fit.py:fit": "six nouns make a training run; mesh and session are optional",
     "lqec_jax/train/fit.py:_run_updates": "the loop's state, passed instead of kept in an object",
 }

@@ -17,10 +17,10 @@ import pytest
 
 from lqec_jax.core import grids
 from lqec_jax.core.types import CompressedLinear, LinearProblem, LinearStats, Step, run_linear
-from lqec_jax.io.leaves import flatten, unflatten
-from lqec_jax.linear_steps import preview_leaf
+from lqec_jax.io.artifact.leaves import flatten, unflatten
 from lqec_jax.methods import METHODS, find_factory
 from lqec_jax.recipe import parse_recipe
+from lqec_jax.runs.linears import preview_leaf
 from lqec_kernels.formats import Affine, Dense
 from lqec_kernels.packing import unpack
 
@@ -124,14 +124,14 @@ VARIANTS = {
 # A method that begins where another one ended.
 BEGINS_AFTER = {"quantize_adapter": "svd(rank=8)"}
 COVERED = {
-    "omniquant": "tests/quantizers/test_omniquant.py",
-    "block_ap": "tests/quantizers/test_block_ap.py",
-    "e2e_qp": "tests/quantizers/test_e2e_qp.py",
-    "lrec": "tests/compensation/test_lrec.py",
+    "omniquant": "tests/trainings/test_omniquant.py",
+    "block_ap": "tests/trainings/test_block_ap.py",
+    "e2e_qp": "tests/trainings/test_e2e_qp.py",
+    "lrec": "tests/trainings/test_lrec.py",
     "merge": "tests/compensation/test_merge.py",
-    "finetune": "tests/compensation/test_finetune.py",
-    "apiq": "tests/compensation/test_apiq.py",
-    "rilq": "tests/compensation/test_rilq.py",
+    "finetune": "tests/trainings/test_finetune.py",
+    "apiq": "tests/trainings/test_apiq.py",
+    "rilq": "tests/trainings/test_rilq.py",
 }
 # How a statistic is computed from inputs x [tokens, d_in].
 STATISTICS = {

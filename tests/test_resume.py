@@ -16,7 +16,7 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.cli import main
 from lqec_jax.errors import InputError
-from lqec_jax.io.run import Run
+from lqec_jax.runs.folder import Run
 from tests.golden.tiny_checkpoint import (
     RILQ,
     RTN,
@@ -36,8 +36,9 @@ WEIGHTS = "model.safetensors"
 
 KILLED = """
 import os, runpy, signal, sys
-from lqec_jax import driver, streams
-from lqec_jax.io.run import Run
+from lqec_jax.runs import driver
+from lqec_jax.runs import streams
+from lqec_jax.runs.folder import Run
 
 def kill_before(owner, name, hit):
     inner = getattr(owner, name)

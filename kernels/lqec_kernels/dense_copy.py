@@ -16,7 +16,7 @@ from lqec_kernels.prepare import prepare
 
 # Only weights as small as those of a model of width 128 gain by a copy on a CPU: 6 % of a decode
 # step on one thread, 11 % on two. From width 256 on packed ones are faster on one thread and level
-# on two, from 512 on faster on both (kernels/bench/cpu_decode).
+# on two, from 512 on faster on both (configs/studies/cpu_decode).
 DENSE_ELEMENTS = 2**16
 
 _log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ TILE_ELEMENTS, ACCELERATOR_ELEMENTS = 4 * 2**20, 16 * 2**20
 # On a CPU the forward pass takes narrow tiles, whose copies stay in a core's cache between being
 # unpacked and being multiplied by: one token's product with 2-bit 4096 x 4096 takes 0.55 of the
 # dense one's time on one thread and 1.30 on two; with large tiles it takes 1.51 and 1.52
-# (kernels/bench/cpu_decode).
+# (configs/studies/cpu_decode).
 # The backward pass adds to all inputs once a tile, and wants few tiles.
 CACHED_ELEMENTS = 2**16
 

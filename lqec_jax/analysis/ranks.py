@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lqec_jax import api, comparison
+from lqec_jax import api
+from lqec_jax.analysis import comparison
 from lqec_jax.analysis.spectra import measure_spectra
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.progress import Reporter, Silent
@@ -27,10 +28,10 @@ from lqec_jax.errors import InputError
 from lqec_jax.evaluate.discrepancy import discrepancy
 from lqec_jax.evaluate.rank_page import render_ranks
 from lqec_jax.io.files import write_json, write_text
-from lqec_jax.io.hf import read_json
+from lqec_jax.io.sources.hf import read_json
 from lqec_jax.models.model import Model
-from lqec_jax.prepare import prepare
 from lqec_jax.recipe import parse_recipe
+from lqec_jax.runs.job import prepare
 
 RESULTS, PAGE, RUNS = "analysis.json", "analysis.html", "runs"
 SCOPES = ("weight", "linear", "block", "model")

@@ -65,7 +65,7 @@ def compare(
     check_json(json)
     grid = {"bits": read_numbers("--bits", bits), "ranks": read_numbers("--ranks", ranks)}
     with _resumable(out):
-        from lqec_jax import comparison
+        from lqec_jax.analysis import comparison
 
         with reporting(quiet) as reporter:
             results = comparison.compare(

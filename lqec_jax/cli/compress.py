@@ -63,7 +63,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress a model by a recipe into an artifact folder."""
-    from lqec_jax.config import resolve
+    from lqec_jax.cli.config import resolve
 
     flags = {"recipe": recipe, "calib": calib, "seqlen": seqlen, "windows": windows, "seed": seed,
              "val_ratio": val_ratio, "dtype": dtype, "mesh": mesh, "eval": eval}  # fmt: skip
@@ -170,9 +170,9 @@ def _count_notes(linears: Sequence[Mapping[str, Any]]) -> Counter:
 def _dry_run(model, out: Path, chosen, *, resume, overwrite, json) -> None:
     from lqec_jax.cli.plan import print_plan
     from lqec_jax.cli.printing import STDOUT, check_json, print_line, write_json
-    from lqec_jax.io.run import check_run
     from lqec_jax.planning.plan import plan
-    from lqec_jax.prepare import prepare
+    from lqec_jax.runs.folder import check_run
+    from lqec_jax.runs.job import prepare
 
     check_json(json)
     check_run(out, resume=resume, overwrite=overwrite)

@@ -32,8 +32,8 @@ def describe(path: str) -> dict[str, Any]:
     Raises:
       InputError: it is none of these, or damaged.
     """
-    from lqec_jax.io.artifact import is_artifact
-    from lqec_jax.io.run import STATE, partial_folder
+    from lqec_jax.io.artifact.artifact import is_artifact
+    from lqec_jax.runs.folder import STATE, partial_folder
 
     folder = Path(path)
     if not folder.exists() and folder.name and (partial_folder(folder) / STATE).is_file():
@@ -44,7 +44,7 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _describe_dense(path: str) -> dict[str, Any]:
-    from lqec_jax.io.hf import Checkpoint, check_tensors
+    from lqec_jax.io.sources.hf import Checkpoint, check_tensors
     from lqec_jax.models import families
 
     checkpoint = Checkpoint.open(path)
@@ -71,8 +71,8 @@ def _stored(checkpoint, tensor, layer: int) -> Any:
 
 def _describe_artifact(folder: Path) -> dict[str, Any]:
     from lqec_jax.core.tree import get_at
-    from lqec_jax.io.artifact import REPORT, load_shapes
-    from lqec_jax.io.hf import read_json
+    from lqec_jax.io.artifact.artifact import REPORT, load_shapes
+    from lqec_jax.io.sources.hf import read_json
 
     meta, checkpoint, config, tree = load_shapes(folder)
     linears = [
@@ -95,7 +95,7 @@ def _describe_artifact(folder: Path) -> dict[str, Any]:
 
 
 def _describe_run(folder: Path) -> dict[str, Any]:
-    from lqec_jax.io.run import read_state
+    from lqec_jax.runs.folder import read_state
 
     state = read_state(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -149,7 +149,7 @@ def _kernels(config) -> list[str]:
 def _rows(path: str, weights: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row for each make of one linear over the blocks, most often just one."""
     from lqec_jax.core.tree import is_compressed
-    from lqec_jax.io.leaves import name_format
+    from lqec_jax.io.artifact.leaves import name_format
     from lqec_kernels.formats import CompressedLinear, Dense
 
     leaves = [w if is_compressed(w) else CompressedLinear(Dense(w)) for w in weights]

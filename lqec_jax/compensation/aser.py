@@ -18,7 +18,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lqec_jax.core.alternation import (
+from lqec_jax.core.arguments import check_int, check_number, resolve_rank
+from lqec_jax.core.bases import scale_inputs
+from lqec_jax.core.closed_form import find_directions, project
+from lqec_jax.core.corrections import (
     base_weight,
     check_quantizer,
     describe_quantizer,
@@ -26,9 +29,6 @@ from lqec_jax.core.alternation import (
     requantize,
     store,
 )
-from lqec_jax.core.arguments import check_int, check_number, resolve_rank
-from lqec_jax.core.bases import scale_inputs
-from lqec_jax.core.closed_form import find_directions, project
 from lqec_jax.core.types import LinearProblem, Step, output_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import CompressedLinear

@@ -21,9 +21,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lqec_jax.core.alternation import keep_best, make_correction, store
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.closed_form import complete, reduce_rank
+from lqec_jax.core.corrections import keep_best, make_correction, store
 from lqec_jax.core.types import LinearProblem, Step, output_error
 from lqec_kernels.adapters import QuantizedLowRank, round_columns
 

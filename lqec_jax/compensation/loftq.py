@@ -14,8 +14,8 @@ Q is made against the factors as they are stored.
 
 import jax
 
-from lqec_jax.core.alternation import make_correction, store
 from lqec_jax.core.closed_form import truncate
+from lqec_jax.core.corrections import make_correction, store
 from lqec_jax.core.types import LinearProblem, Step, weight_error
 
 REFERENCE = "closed form"

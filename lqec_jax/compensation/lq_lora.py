@@ -16,8 +16,8 @@ little, so that no input or output is left to chance.
 import jax
 import jax.numpy as jnp
 
-from lqec_jax.core.alternation import make_correction, store
 from lqec_jax.core.closed_form import balance, reduce_rank
+from lqec_jax.core.corrections import make_correction, store
 from lqec_jax.core.types import LinearProblem, LinearStats, Step
 from lqec_kernels.formats import CompressedLinear
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from lqec_jax.core.alternation import make_correction, store
 from lqec_jax.core.closed_form import truncate
+from lqec_jax.core.corrections import make_correction, store
 from lqec_jax.core.types import LinearProblem, Step, weight_error
 
 REFERENCE = "closed form"

@@ -28,7 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lqec_jax.core.alternation import (
+from lqec_jax.core.arguments import check_choice, check_int
+from lqec_jax.core.closed_form import project, reduce_rank, sketch_directions
+from lqec_jax.core.corrections import (
     base_weight,
     check_quantizer,
     describe_quantizer,
@@ -36,8 +38,6 @@ from lqec_jax.core.alternation import (
     requantize,
     store,
 )
-from lqec_jax.core.arguments import check_choice, check_int
-from lqec_jax.core.closed_form import project, reduce_rank, sketch_directions
 from lqec_jax.core.types import LinearProblem, LinearStats, Step, output_error
 from lqec_kernels.formats import CompressedLinear
 

@@ -20,10 +20,10 @@ from lqec_jax.demo.plot import draw_demo
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate.generate import generate
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
-from lqec_jax.io.artifact import check_free
+from lqec_jax.io.artifact.artifact import check_free
 from lqec_jax.io.files import staged_folder, write_json
 from lqec_jax.models.model import Model
-from lqec_jax.prepare import read_windows
+from lqec_jax.runs.job import read_windows
 
 RESULT, PLOT, ARTIFACT = "demo.json", "demo.png", "rilq"
 SEQLEN = 256

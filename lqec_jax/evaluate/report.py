@@ -40,7 +40,7 @@ def build_report(
     """Puts a run's measurements together.
 
     Args:
-      state: the run's, see `io.run`.
+      state: the run's, see `runs.folder`.
       base: what is known of the dense model, see `card.describe_base`.
     Returns:
       `base, recipe, seed, bits_per_weight, stages, linears, fits, skipped, peak_rss_mb, seconds,

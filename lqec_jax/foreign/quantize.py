@@ -15,8 +15,8 @@ from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.foreign import axes as kernel_axes
 from lqec_jax.foreign import linen
 from lqec_jax.foreign.kernel import PackedKernel, box, to_matrix
-from lqec_jax.linear_steps import apply_steps, preview_leaf
 from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.runs.linears import apply_steps, preview_leaf
 from lqec_kernels.formats import CompressedLinear, Dense
 
 VECTORS = ("bias", "scale")  # of one layer, whatever the rank; nobody misses them

@@ -10,7 +10,7 @@ import numpy as np
 
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.core.types import Params
-from lqec_jax.io.leaves import flatten
+from lqec_jax.io.artifact.leaves import flatten
 
 
 def drop_corrections(params: Params) -> Params:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from lqec_jax.core.types import Step
 from lqec_jax.core.walking import STREAM_TOKENS
-from lqec_jax.driver import REMAT_BYTES
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.recipe import Recipe
+from lqec_jax.runs.driver import REMAT_BYTES
 from lqec_jax.train.losses import VOCAB_CHUNK
 from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear, Dense
@@ -154,7 +154,7 @@ def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Pha
     parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
     at_once = 1 if one else batch // parts
     tokens, config = at_once * text.seqlen, sizes.config
-    # As `driver` chooses: blocks are recomputed where keeping them would take too much.
+    # As `runs.driver` chooses: blocks are recomputed where keeping them would take too much.
     all_kept = 4 * batch * text.seqlen * config.layers * _block_width(config)
     host = {
         "compiling an update": TRAINING,

@@ -10,16 +10,16 @@ import numpy as np
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact import name_arrays, shard_arrays
+from lqec_jax.io.artifact.artifact import name_arrays, shard_arrays
+from lqec_jax.io.artifact.leaves import name_format
 from lqec_jax.io.files import measure_tensors
-from lqec_jax.io.hf import INDEX, SINGLE, Checkpoint, check_tensors, find_folder, read_json
-from lqec_jax.io.leaves import name_format
-from lqec_jax.linear_steps import preview
+from lqec_jax.io.sources.hf import INDEX, SINGLE, Checkpoint, check_tensors, find_folder, read_json
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.parameters import with_constants
 from lqec_jax.recipe import Recipe
+from lqec_jax.runs.linears import preview
 from lqec_kernels.formats import CompressedLinear
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -72,7 +72,7 @@ def train_adapters(
       settings: rank, alpha, lr, updates, batch, accumulate, weight_decay, decay, patience,
         eval_every, dtype, and where the method has them, pool, leave_out (paths of linears that
         stay as they are), coupled (see `make_optimizer`) and new_rank (of new adapters where rank
-        is None); see `compensation.rilq`.
+        is None); see `trainings.rilq`.
       objective: what is lowered, a function of the whole student.
     Raises:
       InputError: a rank that a weight does not allow, or that differs from the adapters there.

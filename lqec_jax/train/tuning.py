@@ -38,7 +38,7 @@ from lqec_kernels.formats import CompressedLinear, LowRank
 CHOICES = ("adapters", "scales", "adapters+norms", "adapters+rest")
 OPTIMIZERS = ("adamw", "adam", "adafactor")
 DECAYS = ("cosine", "linear", "constant")
-# Of a scale, an update; what `quantizers.e2e_qp` measured.
+# Of a scale, an update; what `trainings.e2e_qp` measured.
 SCALE_LR = 0.002
 
 
@@ -110,7 +110,7 @@ def tune(method: str, problem: Tuning, settings: Mapping[str, Any]) -> ModelSolu
 
     Args:
       settings: rank, train, optimizer, lr, decay, warmup, updates, batch, accumulate, weight_decay,
-        patience, eval_every, dtype; see `compensation.finetune`.
+        patience, eval_every, dtype; see `trainings.finetune`.
     Returns:
       The model, stored as it came; notes say what was trained.
     Raises:

@@ -373,7 +373,7 @@ def test_an_id_outside_the_vocabulary_is_named_by_position():
     ],
 )
 def test_real_stories_have_their_counted_windows(model, split, tokens, windows):
-    tokenizer = pytest.importorskip("lqec_jax.io.tokenizer").Tokenizer.load(
+    tokenizer = pytest.importorskip("lqec_jax.io.sources.tokenizer").Tokenizer.load(
         SHARED / "models" / model
     )
     source = SHARED / "data" / f"tinystories_{split}.jsonl"
@@ -388,7 +388,7 @@ def test_real_stories_have_their_counted_windows(model, split, tokens, windows):
 @pytest.mark.parametrize("protocol", ["documents", "gptq"])
 def test_a_limit_on_real_text_gives_the_head_of_the_whole(model, protocol):
     """The tokenizers have no word boundaries, so a merge could in principle reach anywhere."""
-    tokenizer = pytest.importorskip("lqec_jax.io.tokenizer").Tokenizer.load(
+    tokenizer = pytest.importorskip("lqec_jax.io.sources.tokenizer").Tokenizer.load(
         SHARED / "models" / model
     )
     documents = [(SHARED / "data" / "wikitext2_valid.txt").read_text(encoding="utf-8")[:200_000]]

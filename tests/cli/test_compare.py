@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lqec_jax import comparison
+from lqec_jax.analysis import comparison
 from lqec_jax.cli import main
 from lqec_jax.cli.compare import read_numbers
 from lqec_jax.errors import InputError

@@ -7,8 +7,8 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.cli import main
-from lqec_jax.io.run import Run
 from lqec_jax.io.tensor_file import read_header
+from lqec_jax.runs.folder import Run
 from tests.golden.tiny_checkpoint import (
     RILQ,
     RTN,

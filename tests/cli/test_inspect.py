@@ -8,8 +8,8 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.cli import main
 from lqec_jax.core.tree import get_at, set_at, stack_blocks, unstack_blocks
-from lqec_jax.io.run import Run
 from lqec_jax.io.tensor_file import read_header
+from lqec_jax.runs.folder import Run
 from tests.golden.tiny_checkpoint import RTN, SEQLEN, make_tokens, write_checkpoint
 from tests.golden.tiny_weights import make_weights
 

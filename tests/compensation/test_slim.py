@@ -9,9 +9,9 @@ import pytest
 
 from lqec_jax.core.types import LinearProblem, LinearStats, run_linear
 from lqec_jax.errors import InputError
-from lqec_jax.linear_steps import preview_leaf
 from lqec_jax.quantizers.slim_quant import quantize, search_exactly
 from lqec_jax.recipe import parse_recipe
+from lqec_jax.runs.linears import preview_leaf
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.sparse import Sparse24

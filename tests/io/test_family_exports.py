@@ -10,14 +10,14 @@ from safetensors.numpy import load_file, save_file
 import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, is_compressed, set_at, stack_blocks
 from lqec_jax.errors import CheckFailed, InputError
-from lqec_jax.io import verify
 from lqec_jax.io.base import drop_corrections, each_block
-from lqec_jax.io.export import export_model
-from lqec_jax.io.verify import verify_export
+from lqec_jax.io.exports.export import export_model
+from lqec_jax.io.verify import verify
+from lqec_jax.io.verify.verify import verify_export
 from lqec_jax.models.families import FAMILIES, family
 from lqec_jax.recipe import parse_recipe
 from tests.golden.make_family_logits import draw_weights
-from tests.io.test_verify import accept
+from tests.io.verify.test_verify import accept
 from tests.test_family_compression import NAMES as VARIED
 from tests.test_family_compression import write
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TARGETS = Path(__file__).parents[2] / "kernels/bench/compiled_7b/targets.py"
+TARGETS = Path(__file__).parents[2] / "configs/studies/compiled_7b/targets.py"
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_jax.io.leaves import flatten, unflatten
+from lqec_jax.io.artifact.leaves import flatten, unflatten
 from lqec_kernels import packed_matmul
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import CompressedLinear

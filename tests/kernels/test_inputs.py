@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lqec_jax.core.linear import linear
-from lqec_jax.io.leaves import flatten, name_format, unflatten
+from lqec_jax.io.artifact.leaves import flatten, name_format, unflatten
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from lqec_kernels.inputs import FLOATS, InputGrid
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_jax.io.leaves import flatten, name_format, unflatten
+from lqec_jax.io.artifact.leaves import flatten, name_format, unflatten
 from lqec_kernels import outliers as module
 from lqec_kernels import packed_matmul
 from lqec_kernels.formats import CompressedLinear, Dense

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.io.leaves import flatten, unflatten
+from lqec_jax.io.artifact.leaves import flatten, unflatten
 from lqec_kernels import packed_matmul
 from lqec_kernels.codebook import Codebook
 from lqec_kernels.formats import CompressedLinear

@@ -8,7 +8,7 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
-from lqec_jax.io import artifact
+from lqec_jax.io.artifact import artifact
 from lqec_jax.planning.sizes import measure_model
 from lqec_jax.recipe import parse_recipe
 from tests.golden.tiny_checkpoint import RAW, SEQLEN, make_tokens, write_checkpoint

@@ -9,9 +9,9 @@ import pytest
 
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
-from lqec_jax.linear_steps import preview_leaf
 from lqec_jax.quantizers.e8p import STAGES, e8p, quantize, round_to_lattice
 from lqec_jax.recipe import parse_recipe
+from lqec_jax.runs.linears import preview_leaf
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.sums import Sum
 

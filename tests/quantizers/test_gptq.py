@@ -10,9 +10,9 @@ import pytest
 from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.types import LinearProblem, LinearStats, output_error
 from lqec_jax.errors import InputError
-from lqec_jax.linear_steps import _jitted, apply_steps
 from lqec_jax.quantizers import rtn
 from lqec_jax.quantizers.gptq import gptq, quantize
+from lqec_jax.runs.linears import _jitted, apply_steps
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense
 from lqec_kernels.packing import unpack
 from lqec_kernels.sparse import Masked, Sparse24

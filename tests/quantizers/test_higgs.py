@@ -9,9 +9,9 @@ import pytest
 
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
-from lqec_jax.linear_steps import preview_leaf
 from lqec_jax.quantizers.higgs import higgs, quantize
 from lqec_jax.recipe import parse_recipe
+from lqec_jax.runs.linears import preview_leaf
 from lqec_kernels.formats import Affine, CompressedLinear, Dense
 
 # ||w - ŵ||² / ||w||² by (p, bits), the squared error of the grids for N(0, I_p).

@@ -1,0 +1,117 @@
+"""Measures LREC's hyper-parameters on small models, RILQ beside it: one row a step.
+
+    python configs/studies/lrec_defaults/study.py --shared ../shared --model babyllama \
+        --base "rtn(bits=2, group_size=32)" --step "lrec(rank=16, updates=100)"
+
+Every row: 256 training and 64 validation windows of 256 tokens of tinystories_calib; perplexity and
+KL from the teacher, in nats a token, on the first 128 windows of tinystories_dev, which no step
+reads. The step alone is timed, compilation included, on a machine that did other work too; s an
+update is that over the updates.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import lqec_jax as lqec
+from lqec_jax.calibration.data import load_tokens
+from lqec_jax.core.types import ModelProblem
+from lqec_jax.evaluate.perplexity import divergence, perplexity
+from lqec_jax.models.decoder import model_fns
+from lqec_jax.recipe import parse_recipe
+
+HERE = Path(__file__).parent
+KEY = jax.random.fold_in(jax.random.key(0), 2**20 + 1)  # the driver's for seed 0
+SEQLEN, WINDOWS, TRAIN, SCORED, AT_ONCE = 256, 320, 256, 128, 16
+
+
+def cut(stream: np.ndarray, windows: int) -> np.ndarray:
+    return np.asarray(stream[: windows * SEQLEN], np.int32).reshape(windows, SEQLEN)  # [n, t]
+
+
+class Bench:
+    """One base of one model: its problem, and what is scored on."""
+
+    def __init__(self, shared: Path, model: str, base: str):
+        self.dense = lqec.load(shared / "models" / model)
+        self.fns = model_fns(self.dense.config, remat=False)
+        streams = (
+            load_tokens(shared / "data" / f"tinystories_{name}.jsonl", self.dense.tokenizer,
+                        "documents")
+            for name in ("calib", "dev")
+        )  # fmt: skip
+        calib, self.dev = (cut(s, n) for s, n in zip(streams, (WINDOWS, SCORED), strict=True))
+        hidden = jax.jit(lambda params, tokens: self.fns.hidden(params, tokens)[0])
+        parts = (calib[n : n + AT_ONCE] for n in range(0, WINDOWS, AT_ONCE))
+        teacher = np.concatenate([np.asarray(hidden(self.dense.params, part)) for part in parts])
+        small = lqec.compress(
+            shared / "models" / model, base, calib=calib.ravel(), seqlen=SEQLEN, windows=WINDOWS
+        )
+        self.problem = ModelProblem(
+            self.fns, small.params, teacher, calib[:TRAIN], calib[TRAIN:], KEY
+        )
+
+    def score(self, params) -> dict:
+        both = (self.fns, self.dense.params), (self.fns, params)
+        return {
+            "ppl": perplexity(self.fns, params, self.dev).ppl,
+            "kl": divergence(*both, self.dev).kl,
+        }
+
+    def run(self, text: str) -> dict:
+        (step,) = parse_recipe(text).steps
+        started = time.process_time()
+        solution = step.run(self.problem)
+        seconds = time.process_time() - started
+        return {
+            **self.score(solution.params),
+            "best_update": solution.best_update,
+            "validation_loss": min(point.val_loss for point in solution.history),
+            "cpu_seconds_an_update": seconds / solution.history[-1].update,
+        }
+
+
+def write_table(rows: list[dict]) -> None:
+    lines = [
+        "2 bits in groups of 32, rank 16, 100 updates, a look every 50. Seconds count",
+        "compilation and looks, on a machine that did other work too.",
+        "",
+        "| model | base | step | dev ppl | KL | validation loss | CPU s an update |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss, seconds = row.get("validation_loss"), row.get("cpu_seconds_an_update")
+        lines.append(
+            f"| {row['model']} | {row['base']} | {row['step']} | {row['ppl']:.3f} "
+            f"| {row['kl']:.3f} | {'' if loss is None else format(loss, '.2f')} "
+            f"| {'' if seconds is None else format(seconds, '.2f')} |"
+        )
+    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--base", required=True, help="a recipe without the step")
+    parser.add_argument("--step", action="append", default=[])
+    arguments = parser.parse_args()
+    kept = HERE / "results.json"
+    rows = json.loads(kept.read_text()) if kept.exists() else []
+    bench = Bench(arguments.shared, arguments.model, arguments.base)
+    for text in ["none", *arguments.step]:
+        found = bench.score(bench.problem.params) if text == "none" else bench.run(text)
+        row = {"model": arguments.model, "base": arguments.base, "step": text, **found}
+        rows = [r for r in rows if [r[k] for k in ("model", "base", "step")]
+                != [row[k] for k in ("model", "base", "step")]] + [row]  # fmt: skip
+        print(json.dumps(row), flush=True)
+        kept.write_text(json.dumps(rows, indent=1) + "\n")
+        write_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The artifact folder: config.json, tokenizer, lqec.json, safetensors, the report, a model card.
+
+lqec.json says what every compressed weight is made of; the safetensors hold the arrays, in shards
+with an index where they are large. The folder is written under a temporary name and renamed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.types import Params
+from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import CARD, render_card
+from lqec_jax.evaluate.page import render_report
+from lqec_jax.io.artifact.leaves import flatten, unflatten
+from lqec_jax.io.files import (
+    check_writable,
+    staged_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from lqec_jax.io.sources.hf import INDEX, SINGLE, Checkpoint, read_json
+from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.models import families
+from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.model import Model
+from lqec_kernels.formats import CompressedLinear
+
+FORMAT_VERSION = 1
+META = "lqec.json"
+REPORT = "report.json"
+PAGE = "report.html"
+SHARD_BYTES = 4 * 2**30
+
+
+def is_artifact(folder: str | Path) -> bool:
+    return (Path(folder) / META).is_file()
+
+
+def save_artifact(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes a compressed model as one folder.
+
+    Raises:
+      InputError: `out` exists and `overwrite` is not set.
+    Returns:
+      The folder.
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    with staged_folder(out, replace=overwrite) as temporary:
+        write_artifact(model, temporary)
+    return out
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuses an output that is already there, and one that cannot be written.
+
+    Raises:
+      InputError: `out` exists, and either `overwrite` is not set or it is no artifact: replacing
+        removes what is there, which must not be anyone's model or home.
+    """
+    if os.path.lexists(out):
+        if not is_artifact(out):
+            raise InputError(f"{out} exists and is no lqec artifact; choose another name")
+        if not overwrite:
+            raise InputError(f"{out} exists; choose another name, or add --overwrite to replace it")
+    check_writable(out)
+
+
+def write_artifact(model: Model, folder: Path) -> None:
+    """Writes the files of an artifact into an empty folder."""
+    arrays, weights = name_arrays(model.params)
+    write_weights(folder, sorted(arrays.items()), made_by="lqec")
+    for path in model.tokenizer.files() if model.tokenizer else []:
+        shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", model.raw_config)
+    write_json(folder / REPORT, model.report)
+    write_text(folder / PAGE, render_report(model.report))
+    write_text(folder / CARD, render_card(model.report))
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "recipe": model.recipe,
+        "seed": model.report.get("seed"),
+        "base_fingerprint": model.fingerprint,
+        "versions": model.report.get("environment", {}).get("versions", {}),
+        "weights": weights,
+    }
+    write_json(folder / META, meta)
+
+
+def load_artifact(folder: str | Path, dtype: Any = jnp.float32) -> Model:
+    """Reads an artifact; weights stay packed.
+
+    Raises:
+      InputError: a missing or damaged file, another format version, weights that are not there.
+    """
+    folder = Path(folder)
+    meta, checkpoint, config, _ = load_shapes(folder)
+    tree = unflatten({name: checkpoint.read(name) for name in checkpoint.names()}, meta["weights"])
+    blocks = tree.pop("blocks")
+    tree["blocks"] = stack_blocks([blocks[str(layer)] for layer in range(config.layers)])
+    return Model(
+        config=config,
+        params=jax.tree.map(jnp.asarray, tree),
+        raw_config=checkpoint.config,
+        tokenizer=Tokenizer.load(folder) if has_tokenizer(folder) else None,
+        recipe=meta["recipe"],
+        report=read_json(folder / REPORT) if (folder / REPORT).exists() else {},
+        fingerprint=meta["base_fingerprint"],
+        folder=folder,
+        dtype=dtype,
+    )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Reads lqec.json.
+
+    Raises:
+      InputError: another format version; an entry that is missing or of another type.
+    """
+    meta = read_json(folder / META)
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / META}: format_version {meta.get('format_version')!r}; "
+            f"this version reads {FORMAT_VERSION}; upgrade lqec-jax"
+        )
+    for name, kind in (("recipe", str), ("base_fingerprint", str), ("weights", dict)):
+        if not isinstance(meta.get(name), kind):
+            raise InputError(f"{folder / META}: {name} is missing or damaged; write it again")
+    return meta
+
+
+def load_shapes(folder: Path) -> tuple[dict, Checkpoint, ModelConfig, Params]:
+    """Opens an artifact and reads no array.
+
+    Returns:
+      lqec.json, the opened weights, the model, and its parameters as shapes, 'blocks' a list.
+    Raises:
+      InputError: as `load_artifact`.
+    """
+    meta, checkpoint = read_meta(folder), Checkpoint.open(folder)
+    config = families.read_config(checkpoint.config)
+    shapes = {n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in checkpoint.entries.items()}
+    try:
+        tree = unflatten(shapes, meta["weights"])
+        blocks = tree.pop("blocks")
+        tree["blocks"] = [blocks.pop(str(layer)) for layer in range(config.layers)]
+        _check_shapes(config, tree)
+        if blocks:
+            raise ValueError(f"there are blocks {', '.join(blocks)} more")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder}: {META}, config.json and the weights do not belong together ({reason}); "
+            "write it again"
+        ) from error
+    return meta, checkpoint, config, tree
+
+
+def _check_shapes(config: ModelConfig, tree: Params) -> None:
+    """Raises ValueError where an array is not of the shape that config.json asks for."""
+    family = families.family(config.family)
+    outer = {path: stored.inner_shape for path, stored in family.outer_tensors(config).items()}
+    block = family.block_shapes(config)
+    for part, shapes in [(tree, outer), *((part, block) for part in tree["blocks"])]:
+        for path, shape in shapes.items():
+            leaf = get_at(part, path)
+            if isinstance(leaf, CompressedLinear):
+                leaf = jax.eval_shape(CompressedLinear.dense, leaf)
+            if leaf.shape != shape:
+                raise ValueError(f"{path} is {list(leaf.shape)}, not {list(shape)}")
+
+
+def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """Returns a model's arrays by name and the descriptions of its compressed weights."""
+    blocks = {str(i): block for i, block in enumerate(unstack_blocks(params["blocks"]))}
+    return flatten({**params, "blocks": blocks})
+
+
+def shard_arrays(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts arrays, in order of name, into the shards that an artifact has."""
+    return _fill_shards(sorted(arrays.items()))
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, made_by: str = "pt"
+) -> None:
+    """Writes tensors as they come: one file, or shards of at most `SHARD_BYTES` with an index."""
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _fill_shards(tensors):
+        write_tensors(folder / _part(len(shards)), shard, made_by=made_by)
+        shards.append(sorted(shard))
+        total += sum(array.nbytes for array in shard.values())
+    if len(shards) == 1:
+        os.rename(folder / _part(0), folder / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / _part(number), folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _fill_shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts a sequence of arrays into shards of at most `SHARD_BYTES`, or of one array."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def _part(number: int) -> str:
+    return f"part-{number}"

@@ -1,0 +1,292 @@
+"""The streaming driver: a recipe applied to a model, one block's dense weights at a time.
+
+Two streams of hidden states run side by side through the blocks: the teacher's, through dense
+weights, and the student's, through what has been compressed so far. Statistics are the student's.
+When the last block is done the teacher's stream is the cached target of the model steps, so the
+dense teacher runs once and is never held whole.
+
+Peak host memory: one dense block in float32, the packed student, one batch of windows; the streams
+are files. A finished block is committed with both streams, see `runs.folder`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lqec_jax.calibration.fisher import diagonal_fisher
+from lqec_jax.core.progress import Reporter, Silent
+from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.types import ModelProblem, Params, Step
+from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
+from lqec_jax.io.files import write_tensors
+from lqec_jax.io.tensor_file import read_entry, read_header
+from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.decoder import model_fns
+from lqec_jax.recipe import Recipe
+from lqec_jax.runs.blocks import BlockChain, Chained, describe_fit, wrap_linears
+from lqec_jax.runs.checkpoints import StepSession
+from lqec_jax.runs.folder import Run
+from lqec_jax.runs.linears import describe
+from lqec_jax.runs.streams import Streams
+
+# Activations of a training update above which blocks are recomputed in the backward pass, in bytes.
+REMAT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where dense weights come from, one block at a time.
+
+    Attributes:
+      config: the model.
+      outer: embedding, norm and head.
+      block: layer number -> one block's tree, kernels [d_in, d_out].
+      fingerprint: sha256 of the checkpoint.
+    """
+
+    config: ModelConfig
+    outer: Params
+    block: Callable[[int], Params]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """The windows of a run, int32 [n, T] each.
+
+    Stages are measured on `held_out`, or on the validation windows where it is empty.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    held_out: np.ndarray
+    protocol: str
+
+    @property
+    def windows(self) -> np.ndarray:
+        return np.concatenate([self.train, self.val, self.held_out])
+
+    @property
+    def score(self) -> np.ndarray:
+        """Returns the windows that stages are measured on: always the last of `windows`."""
+        return self.held_out if len(self.held_out) else self.val
+
+
+@dataclass
+class Driver:
+    """One run: a recipe on a source over a text."""
+
+    source: Source
+    recipe: Recipe
+    text: Text
+    run: Run
+    seed: int = 0
+    dtype: Any = jnp.float32
+    mesh: Any = None
+    reporter: Reporter = field(default_factory=Silent)
+
+    def __post_init__(self) -> None:
+        config = self.source.config
+        self.fns = model_fns(config, self.dtype, remat=_needs_remat(config, self.text))
+        self.outer = jax.tree.map(jnp.asarray, self.source.outer)
+        self.key = jax.random.key(self.seed)
+        # Without statistics the student is only ever read where it is scored.
+        windows = self.text.windows
+        walked = {
+            "teacher": windows,
+            "student": windows if self.recipe.reads_student else self.text.score,
+        }
+        self.streams = Streams(self.run, self.fns, walked, config.d_model, self.dtype)
+
+    @property
+    def phases(self) -> tuple[tuple[Step, ...], ...]:
+        """Returns the recipe's phases, a streamed one first: it makes the teacher's answers."""
+        phases = self.recipe.phases
+        return phases if phases[0][0].scope != "model" else ((), *phases)
+
+    def compress(self) -> Params:
+        """Runs what is left of the run and returns the student."""
+        for number in range(self.run.state["phase"], len(self.phases)):
+            steps = self.phases[number]
+            if steps and steps[0].scope == "model":
+                self._run_model_step(number, steps[0])
+            else:
+                self._stream(number, steps)
+            self.run.commit(phase=number + 1, blocks=0)
+        return self._student(len(self.phases) - 1)
+
+    # ---- streamed phases
+
+    def _stream(self, phase: int, steps: Sequence[Step]) -> None:
+        started = time.perf_counter()
+        layers, done = self.source.config.layers, self.run.state["blocks"]
+        if any("fisher" in step.needs for step in steps):
+            self._find_fisher()
+        self.reporter.begin(_name(steps) or "teacher", layers, done)
+        # A later phase walks the teacher again only for steps that compare with it.
+        compared = phase == 0 or any(step.scope == "block" for step in steps)
+        names = ("teacher", "student") if compared else ("student",)
+        if done == 0:
+            for name in names:
+                own = self.outer if name == "teacher" else self._student_outer(phase - 1)
+                self.streams.open(own, (name,))
+        for layer in range(done, layers):
+            chained = self._compress_block(phase, layer, steps)
+            for name in names:
+                block = chained.block if name == "student" else self._dense_block(layer)
+                self.streams.advance(name, layer, block)
+            self.run.save_block(phase, layer, chained.block)
+            seconds = self.run.state.get("phase_seconds", 0.0) + time.perf_counter() - started
+            started = time.perf_counter()
+            self.run.commit(blocks=layer + 1, phase_seconds=seconds, **self._reported(chained))
+            self.reporter.advance(layer + 1)
+        self._score_streams(phase, steps)
+
+    def _compress_block(self, phase: int, layer: int, steps: Sequence[Step]) -> Chained:
+        dense = self._dense_block(layer)
+        block = self.run.load_block(phase - 1, layer) if phase else wrap_linears(self.fns, dense)
+        chain = BlockChain(
+            streams=self.streams,
+            fisher=self._load_fisher,
+            phase=phase,
+            train=len(self.text.train),
+            val=len(self.text.val),
+            key=self.key,
+            progress=partial(self._show_block, layer),
+        )
+        return chain.run(layer, dense, block, steps)
+
+    def _show_block(self, layer: int, done: int, total: int, message: str) -> None:
+        self.reporter.advance(layer, f"blocks/{layer}: {message} {done}/{total}")
+
+    def _reported(self, chained: Chained) -> dict[str, Any]:
+        """Returns what the run keeps of a block, beside what earlier phases said of it."""
+        linears = dict(self.run.state.get("linears", {}))
+        for name, report in chained.linears.items():
+            earlier = linears.get(name, {}).get("steps", [])
+            linears[name] = {**report, "steps": earlier + report["steps"]}
+        fits = [*self.run.state.get("fits", []), *chained.fits]
+        return {"linears": linears, "fits": fits}
+
+    def _dense_block(self, layer: int) -> Params:
+        return jax.tree.map(jnp.asarray, self.source.block(layer))
+
+    # ---- the teacher's gradients
+
+    def _find_fisher(self) -> None:
+        """Writes every block's diagonal Fisher beside the run's blocks, once a run."""
+        if self.run.state.get("fisher"):
+            return
+        folder, layers = self.run.folder / "fisher", self.source.config.layers
+        folder.mkdir(exist_ok=True)
+        self.reporter.begin("fisher", layers)
+        sweep = diagonal_fisher(
+            self.fns, self.outer, self._dense_block, layers, self.text.train, folder
+        )
+        for done, (layer, squares) in enumerate(sweep, start=1):
+            write_tensors(folder / f"block-{layer}.safetensors", squares)
+            self.reporter.advance(done)
+        self.run.commit(fisher=True)
+
+    def _load_fisher(self, layer: int) -> dict[str, jax.Array]:
+        path = self.run.folder / "fisher" / f"block-{layer}.safetensors"
+        entries = read_header(path)
+        return {name: jnp.asarray(read_entry(entry)) for name, entry in entries.items()}
+
+    def _score_streams(self, phase: int, steps: Sequence[Step]) -> None:
+        seconds = self.run.state.get("phase_seconds", 0.0)
+        layers = self.source.config.layers
+        if phase == 0:
+            teacher = self._score(self.outer, self.streams.slot("teacher", layers))
+            self._add_stage(phase, "teacher", teacher, 0.0)
+        if steps:
+            outer = self._student_outer(phase - 1)
+            student = self._score(outer, self.streams.slot("student", layers))
+            self._add_stage(phase, _name(steps), student, seconds)
+        self.run.commit(phase_seconds=0.0)
+
+    def _score(self, outer: Params, pre_norm) -> Perplexity:
+        windows = self.text.score
+        last = pre_norm[len(pre_norm) - len(windows) :]
+        return score_hidden(self.fns, outer, last, windows, self.text.protocol)
+
+    def _add_stage(self, phase: int, name: str, score: Perplexity, seconds: float) -> None:
+        self.reporter.say(f"{name}: perplexity {score.ppl:.4f} ({score.protocol})")
+        self._replace("stages", {"phase": phase, "name": name, "seconds": seconds, **vars(score)})
+
+    def _replace(self, what: str, entry: dict) -> None:
+        """Records an entry; a phase that runs again after a kill replaces its own."""
+        same = (entry["phase"], entry.get("name"))
+        kept = [e for e in self.run.state.get(what, []) if (e["phase"], e.get("name")) != same]
+        self.run.commit(**{what: [*kept, entry]})
+
+    # ---- model steps
+
+    def _run_model_step(self, phase: int, step: Step) -> None:
+        session = StepSession(self.run.training(phase), step, self.reporter, time.perf_counter())
+        teacher = self.streams.slot("teacher", self.source.config.layers)[
+            : len(self.text.train) + len(self.text.val)
+        ]
+        problem = ModelProblem(
+            fns=self.fns,
+            params=self._student(phase - 1),
+            teacher=teacher,
+            train=self.text.train,
+            val=self.text.val,
+            key=jax.random.fold_in(self.key, 2**20 + phase),
+            mesh=self.mesh,
+            session=session,
+            scratch=self.run.folder / "scratch.bin",
+            outer=None if self.run.load_outer(phase - 1) is None else self.outer,
+        )
+        solution = step.run(problem)
+        session.close()
+        self._keep(phase, solution.params)
+        fit = {"phase": phase, **describe_fit(step, solution)}
+        for note in solution.notes:
+            self.reporter.say(f"{step.name}: {note}")
+        self._replace("fits", fit)
+        score = perplexity(self.fns, self._student(phase), self.text.score, self.text.protocol)
+        self._add_stage(phase, step.name, score, session.seconds())
+
+    def _student(self, phase: int) -> Params:
+        layers = self.source.config.layers
+        blocks = [self.run.load_block(phase, layer) for layer in range(layers)]
+        return {**self._student_outer(phase), "blocks": stack_blocks(blocks)}
+
+    def _student_outer(self, phase: int) -> Params:
+        """Returns the student's embedding, norm and head: the teacher's or its own."""
+        return self.run.load_outer(phase) or self.outer
+
+    def _keep(self, phase: int, params: Params) -> None:
+        """Writes every block of a trained student, and measures its weights anew."""
+        outer = {name: params[name] for name in self.outer}
+        same = jax.tree.map(jnp.array_equal, outer, self._student_outer(phase - 1))
+        if not all(map(bool, jax.tree.leaves(same))):
+            self.run.save_outer(phase, outer)
+        linears = dict(self.run.state.get("linears", {}))
+        for layer, block in enumerate(unstack_blocks(jax.device_get(params["blocks"]))):
+            self.run.save_block(phase, layer, block)
+            dense = self._dense_block(layer)
+            for path in self.fns.linears:
+                leaf = get_at(block, f"{path}/kernel")
+                w = get_at(dense, f"{path}/kernel").astype(jnp.float32)
+                name = f"blocks/{layer}/{path}"
+                linears[name] = {**linears[name], **describe(name, w, leaf)}
+        self.run.commit(linears=linears)
+
+
+def _name(steps: Sequence[Step]) -> str:
+    return " | ".join(step.name for step in steps)
+
+
+def _needs_remat(config: ModelConfig, text: Text, batch: int = 8) -> bool:
+    """Says whether a training update of `batch` windows would hold too many activations."""
+    widths = 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
+    return 4 * batch * text.windows.shape[1] * config.layers * widths > REMAT_BYTES
