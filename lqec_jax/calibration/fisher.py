@@ -17,7 +17,7 @@ import numpy as np
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.core.walking import compile_block, compile_embed, cut_rows
-from lqec_jax.train.losses import next_token_nll
+from lqec_jax.train.vocabulary import next_token_nll
 
 
 def diagonal_fisher(

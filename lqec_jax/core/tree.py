@@ -65,9 +65,9 @@ def partition(params: Params, select: str | Callable = "adapters") -> tuple[Para
 
     Args:
       params: any tree with CompressedLinear leaves.
-      select: 'adapters' (factors of low-rank corrections), 'scales' (what bases multiply codes by,
-        shift them by or look up, where it is floating), or (path, array) -> bool with path as
-        `jax.tree_util` gives it.
+      select: 'adapters' (factors of low-rank corrections); 'scales', 'zeros' or 'levels' (what
+        bases multiply codes by, shift them by, or look up, where it is floating); or
+        (path, array) -> bool with path as `jax.tree_util` gives it.
     Raises:
       InputError: an unknown selection.
     Example:
@@ -103,13 +103,19 @@ def _is_adapter(path: tuple, leaf: jax.Array) -> bool:
 
 
 # What formats call the numbers that codes are multiplied by, shifted by, or stand for.
-SCALES = ("scales", "zeros", "alphas", "shifts", "levels")
+SCALES, ZEROS, LEVELS = ("scales", "alphas"), ("zeros", "shifts"), ("levels",)
 
 
-def _is_scale(path: tuple, leaf: jax.Array) -> bool:
-    names = _attributes(path)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return "base" in names and names[-1] in SCALES and floating
+def _of_base(*fields: str) -> Callable:
+    """Selects the floating arrays of bases that lie under one of the fields."""
+
+    def select(path: tuple, leaf: jax.Array) -> bool:
+        names = _attributes(path)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return "base" in names[:1] and not set(fields).isdisjoint(names) and floating
+
+    return select
 
 
-SELECTIONS = {"adapters": _is_adapter, "scales": _is_scale}
+SELECTIONS = {"adapters": _is_adapter, "scales": _of_base(*SCALES), "zeros": _of_base(*ZEROS),
+              "levels": _of_base(*LEVELS)}  # fmt: skip

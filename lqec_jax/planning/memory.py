@@ -17,8 +17,8 @@ from lqec_jax.models.config import ModelConfig
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.recipe import Recipe
 from lqec_jax.runs.driver import REMAT_BYTES
-from lqec_jax.train.losses import VOCAB_CHUNK
 from lqec_jax.train.update import count_parts
+from lqec_jax.train.vocabulary import VOCAB_CHUNK
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.reference import TILE_ELEMENTS
 
@@ -124,11 +124,14 @@ def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
 
 def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
     """Returns what one block takes while a block step trains it, the streams around it included."""
-    width, batch = _compute_bytes(on_cpu), step.arguments["batch"]
-    tokens = batch // count_parts(batch, text.seqlen, backend=_backend(on_cpu)) * text.seqlen
+    width, batch = _compute_bytes(on_cpu), step.schedule.batch
+    tokens = 0  # moments are read, no windows
+    if batch is not None:
+        parts = count_parts(batch, text.seqlen, backend=_backend(on_cpu))
+        tokens = batch // parts * text.seqlen
     shapes = ((row["d_in"], row["d_out"]) for row in sizes.rows)
     leaves = (CompressedLinear(Dense(jax.ShapeDtypeStruct(s, jnp.float32))) for s in shapes)
-    trained = 4 * sum(step.trained(leaf) for leaf in leaves)
+    trained = 4 * sum(step.count(leaf) for leaf in leaves)
     host = {
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
@@ -149,9 +152,9 @@ def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
 
 def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Phase:
     width, trained = _compute_bytes(on_cpu), 4 * _count_trained(sizes, step)
-    arguments = step.arguments
-    batch = arguments["batch"]
-    parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
+    batch = step.schedule.batch
+    parts = step.schedule.accumulate
+    parts = parts or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
     at_once = 1 if one else batch // parts
     tokens, config = at_once * text.seqlen, sizes.config
     # As `runs.driver` chooses: blocks are recomputed where keeping them would take too much.
@@ -202,14 +205,15 @@ def tile_bytes(largest: int) -> int:
 
 def _scratch(sizes: Sizes, step: Step) -> int:
     """Returns the bytes that a model step keeps of every token's teacher."""
-    return 0 if step.scratch_bytes is None else step.scratch_bytes(sizes.config.vocab_size)
+    return step.scratch_bytes(sizes.config.vocab_size) if step.scope == "model" else 0
 
 
 def _count_trained(sizes: Sizes, step: Step) -> int:
-    """Returns how many numbers a model step trains: the adapters', unless it says otherwise."""
-    if step.trained is None:
-        return sizes.adapters
-    return sizes.config.layers * sum(step.trained(leaf) for leaf in sizes.leaves)
+    """Returns how many numbers a model step trains."""
+    paths = (row["path"] for row in sizes.rows)
+    moved = (leaf for path, leaf in zip(paths, sizes.leaves, strict=True)
+             if path not in step.leave_out)  # fmt: skip
+    return sizes.config.layers * sum(step.count(leaf) for leaf in moved)
 
 
 def _slot(sizes: Sizes, windows: int, text: Text, on_cpu: bool) -> int:

@@ -116,7 +116,7 @@ def _find_change(machine: Machine, sizes: Sizes, recipe: Recipe, text: Text) -> 
 def _changes(recipe: Recipe, text: Text) -> Iterator[tuple[str, Text, bool]]:
     """Yields ever larger changes: of how a batch is walked, then of length, then of the text."""
     trains = [step for step in recipe.steps if step.scope == "model"]
-    walk = [f"{step.name}(accumulate={step.arguments['batch']})" for step in trains]
+    walk = [f"{step.name}(accumulate={step.schedule.batch})" for step in trains]
     if walk:
         yield ", ".join(walk), text, True
     length = text.seqlen
@@ -156,8 +156,8 @@ def count_flops(sizes: Sizes, recipe: Recipe, text: Text) -> float:
 
 def _count_training(step: Step, text: Text) -> tuple[int, int]:
     """Returns how many windows a step trains on, repeats counted, and its looks at the others."""
-    arguments = step.arguments
-    if "epochs" in arguments:
-        return arguments["epochs"] * (text.windows - text.score), 1 + arguments["epochs"]
-    updates = arguments["updates"]
-    return arguments["batch"] * updates, 1 + updates // arguments["eval_every"]
+    if step.schedule.batch is None:
+        return 0, 0  # on moments, which take one pass
+    windows = text.windows - text.score
+    schedule = step.schedule.resolve(windows)
+    return schedule.batch * schedule.updates, 1 + schedule.updates // schedule.eval_every

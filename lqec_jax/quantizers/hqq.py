@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, check_number, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.types import LinearProblem, Step
+from lqec_jax.core.types import LinearProblem, LinearStep
 from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "mobiusml/hqq@e0b1d00 hqq/core/optimize.py"
@@ -136,7 +136,7 @@ def hqq(
     rounds: int = 20,
     round_zero: bool = False,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by half-quadratic grids; needs no data.
 
     Defaults are the authors'. A small Llama at 2 bits in groups of 32 has perplexity 8.1 with them,
@@ -168,9 +168,8 @@ def hqq(
         base = quantize(w, bits, group, solver, round_zero=round_zero, dtype=jnp.dtype(scale_dtype))
         return replace_base(leaf, base)
 
-    return Step(
+    return LinearStep(
         name="hqq",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size, **solver._asdict(),
                    "round_zero": round_zero, "scale_dtype": scale_dtype},

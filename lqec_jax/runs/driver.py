@@ -22,7 +22,7 @@ import numpy as np
 from lqec_jax.calibration.fisher import diagonal_fisher
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
-from lqec_jax.core.types import ModelProblem, Params, Step
+from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
 from lqec_jax.io.files import write_tensors
 from lqec_jax.io.tensor_file import read_entry, read_header
@@ -236,13 +236,14 @@ class Driver:
         problem = ModelProblem(
             fns=self.fns,
             params=self._student(phase - 1),
+            windows=Windows(np.concatenate([self.text.train, self.text.val]), len(self.text.train)),
+            work=Work(
+                key=jax.random.fold_in(self.key, 2**20 + phase),
+                mesh=self.mesh,
+                session=session,
+                scratch=self.run.folder / "scratch.bin",
+            ),
             teacher=teacher,
-            train=self.text.train,
-            val=self.text.val,
-            key=jax.random.fold_in(self.key, 2**20 + phase),
-            mesh=self.mesh,
-            session=session,
-            scratch=self.run.folder / "scratch.bin",
             outer=None if self.run.load_outer(phase - 1) is None else self.outer,
         )
         solution = step.run(problem)

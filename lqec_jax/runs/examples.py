@@ -21,14 +21,13 @@ from lqec_jax.calibration.examples import Examples, read_examples, weigh
 from lqec_jax.core.arguments import check_int, check_number
 from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import get_at, is_compressed, unstack_blocks
-from lqec_jax.core.types import Params, Step
+from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
 from lqec_jax.io.artifact.artifact import name_arrays
 from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
-from lqec_jax.train.tuning import Tuning, tune
 from lqec_jax.trainings.finetune import finetune
 
 SETTINGS = frozenset(inspect.signature(finetune).parameters)
@@ -59,7 +58,7 @@ class TuningJob:
     """A fine-tuning that is checked and not begun.
 
     Attributes:
-      tokens, weights: as in `train.tuning.Tuning`, training rows first.
+      tokens, weights: as in `core.types.Windows`, training rows first.
       facts: what the report says of the data.
     """
 
@@ -127,7 +126,7 @@ def prepare_tuning(
     step = finetune(**settings | steps)
     for segment in model.params["blocks"]:
         for path in model.fns.linears:
-            step.preview(get_at(segment, f"{path}/kernel"))
+            jax.eval_shape(step.preview, get_at(segment, f"{path}/kernel"))
     width = max(examples.tokens.shape[1], held.tokens.shape[1])
     tokens, learned = (
         np.concatenate([_widen(part, width - short) for part in parts])
@@ -154,9 +153,14 @@ def run_tuning(job: TuningJob, run: Run, mesh: Any, reporter: Reporter) -> Model
     reporter.say(job.data_in_words)
     session = StepSession(run.training(0), job.step, reporter, time.perf_counter())
     model = job.model
-    problem = Tuning(model.fns, model.params, job.tokens, job.weights, job.train,
-                     model.config.d_model, jax.random.key(job.seed), mesh, session)  # fmt: skip
-    solution = tune("finetune", problem, job.step.arguments)
+    solution = job.step.run(
+        ModelProblem(
+            fns=model.fns,
+            params=model.params,
+            windows=Windows(job.tokens, job.train, job.weights),
+            work=Work(jax.random.key(job.seed), mesh, session),
+        )
+    )
     session.close()
     for note in solution.notes:
         reporter.say(f"finetune: {note}")

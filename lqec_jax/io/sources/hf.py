@@ -22,7 +22,7 @@ from lqec_jax.models.parameters import with_constants
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDED = Path(__file__).parents[1] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
+EMBEDDED = Path(__file__).parents[2] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -22,17 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lqec_jax.core.tree import get_at, set_at
-from lqec_jax.core.types import BlockProblem, BlockSolution, Evaluation, ModelFns, Params
+from lqec_jax.core.tree import combine, get_at, partition, set_at
+from lqec_jax.core.types import BlockProblem, Evaluation, ModelFns, Params, Solution
 from lqec_jax.core.walking import cut_rows
-from lqec_jax.train.block_fit import Trainable, check_windows
+from lqec_jax.errors import InputError
+from lqec_jax.train.fit import NoSession
+from lqec_jax.train.parts.part import Part
+from lqec_jax.train.rates import find_label, make_optimizer
 from lqec_kernels.formats import CompressedLinear
 
 # Updates between two looks at the validation windows.
 LOOK_EVERY = 10
 
 
-class Moments(NamedTuple):
+class Inputs(NamedTuple):
     """What calibration saw of one weight's inputs in both streams; means over tokens, float32.
 
     Attributes:
@@ -48,7 +51,7 @@ class Moments(NamedTuple):
     energy: jax.Array
 
 
-def find_cross(w: jax.Array, dense: jax.Array, moments: Moments, *, aug: bool) -> jax.Array:
+def find_cross(w: jax.Array, dense: jax.Array, moments: Inputs, *, aug: bool) -> jax.Array:
     """Returns E[x̂ᵀ e] for what the outputs lack, e = x w - x̂ ŵ, for `closed_form.regress`.
 
     With `aug`, e is the mean of the two terms' errors, which has the same best correction.
@@ -60,7 +63,7 @@ def find_cross(w: jax.Array, dense: jax.Array, moments: Moments, *, aug: bool) -
     return jnp.matmul(moments.gram, w - dense, precision="highest") + share * moments.drift
 
 
-def find_loss(w: jax.Array, dense: jax.Array, moments: Moments, *, aug: bool) -> jax.Array:
+def find_loss(w: jax.Array, dense: jax.Array, moments: Inputs, *, aug: bool) -> jax.Array:
     """Returns L of a weight and what stands for it; 0 where the teacher's inputs are."""
     missing = w - dense
     own = jnp.sum(missing * jnp.matmul(moments.gram, missing, precision="highest"))
@@ -70,35 +73,26 @@ def find_loss(w: jax.Array, dense: jax.Array, moments: Moments, *, aug: bool) ->
 
 
 @dataclass(frozen=True)
-class Solving:
-    """How a weight is trained on moments. Make one a step: programs are kept by it.
+class Moments:
+    """The loss L of one weight on its inputs' moments.
 
     Attributes:
-      begin: leaf -> the leaf with all that is trained in it.
-      trainable: what is trained of that one; it reads whole leaves.
-      solve: (leaf as it came, trained, w, Moments) -> trained, with what has its best in closed
-        form put there. Asked before the first update and after the last.
       aug: whether the second term counts.
     """
 
-    begin: Callable[[CompressedLinear], CompressedLinear]
-    trainable: Trainable
-    solve: Callable[[CompressedLinear, Params, jax.Array, Moments], Params]
-    aug: bool
+    aug: bool = False
 
 
-def fit_weights(
-    problem: BlockProblem,
-    solving: Solving,
-    make_optimizer: Callable[[int], optax.GradientTransformation],
-    updates: int,
-) -> BlockSolution:
+def fit_weights(training: Any, problem: BlockProblem) -> Solution:
     """Trains a block's weights in the order of its data and stores the best of each.
 
+    What has its best in closed form (`Part.solve`) is put there before the first update and after
+    the last.
+
     Args:
-      make_optimizer: updates -> optimizer; one object for one count.
-      updates: of each weight, rounded up to tens; there is a look at the validation windows after
-        every ten, and one at what the closed form makes of the best.
+      training: `steps.Training` with the loss `Moments`; its updates, of each weight, are rounded
+        up to tens; there is a look at the validation windows after every ten, and one at what the
+        closed form makes of the best.
     Returns:
       The block; a history of the weights' mean losses; as best update the largest of theirs.
     Raises:
@@ -109,9 +103,9 @@ def fit_weights(
     """
     check_windows(problem)
     block, curves, notes = problem.block, [], []
-    looks = -(-updates // LOOK_EVERY)
-    descend = _compile_descent(solving, make_optimizer(looks * LOOK_EVERY), looks)
-    total = len(problem.fns.linears)
+    session = problem.work.session or NoSession()
+    looks, total = -(-training.schedule.updates // LOOK_EVERY), len(problem.fns.linears)
+    descend = _compile_descent(training.parts, training.loss.aug, problem.student.shape[-1], looks)
     for group in problem.fns.linear_groups:
         moments = collect_moments(problem, block, group)
         for path in group:
@@ -121,9 +115,22 @@ def fit_weights(
             block = set_at(block, name, stored)
             curves.append(Curve(*jax.device_get(found)))
             notes += curves[-1].describe(path)
-            problem.progress(len(curves), total, "weight")
+            session.progress(len(curves), total, "weight")
     best = max(curve.best_update for curve in curves)
-    return BlockSolution(block, _mean_history(curves), best, tuple(notes))
+    return Solution(block, _mean_history(curves), best, tuple(notes))
+
+
+def check_windows(problem: BlockProblem) -> None:
+    """Checks that there are windows of both kinds.
+
+    Raises:
+      InputError: none to train on, or none to look at.
+    """
+    if not 1 <= problem.train < len(problem.student):
+        raise InputError(
+            f"{problem.train} of {len(problem.student)} windows are for training; at least one "
+            "of each kind was wanted; give more calibration text"
+        )
 
 
 class Curve(NamedTuple):
@@ -160,23 +167,42 @@ def _mean_history(curves: list[Curve]) -> tuple[Evaluation, ...]:
 
 
 @lru_cache(maxsize=8)
-def _compile_descent(solving: Solving, optimizer: Any, looks: int) -> Callable:
+def _compile_descent(parts: tuple[Part, ...], aug: bool, width: int, looks: int) -> Callable:
     """Returns a compiled (leaf, w, (train, val)) -> (the stored leaf, its `Curve`)."""
+    optimizer = make_optimizer(parts, width, looks * LOOK_EVERY)
 
-    def descend(came: CompressedLinear, w: jax.Array, moments: tuple[Moments, Moments]):
-        leaf = solving.begin(came)
+    def moves(path: tuple, array: jax.Array) -> bool:
+        return find_label(parts, path, array) is not None
 
-        def loss(trained: Params, seen: Moments) -> jax.Array:
-            dense = solving.trainable.read(leaf, trained).dense()
-            return find_loss(w, dense, seen, aug=solving.aug)
+    def descend(given: CompressedLinear, w: jax.Array, moments: tuple[Inputs, Inputs]):
+        begun = given
+        for part in parts:
+            begun = part.begin(begun, jax.random.key(0))
+        first, frozen = partition(begun, moves)
+
+        def read(train: Params) -> CompressedLinear:
+            leaf = combine(train, frozen)
+            for part in parts:
+                leaf = part.read(leaf)
+            return leaf
+
+        def solve(train: Params) -> Params:
+            leaf = combine(train, frozen)
+            cross = find_cross(w, read(train).dense(), moments[0], aug=aug)
+            for part in parts:
+                leaf = part.solve(leaf, given, moments[0].gram, cross)
+            return partition(leaf, moves)[0]
+
+        def loss(train: Params, seen: Inputs) -> jax.Array:
+            return find_loss(w, read(train).dense(), seen, aug=aug)
 
         def update(state: tuple, _) -> tuple:
             value, grads = jax.value_and_grad(loss)(state[0], moments[0])
             changes, opt_state = optimizer.update(grads, state[1], state[0])
             return (optax.apply_updates(state[0], changes), opt_state), value
 
-        def better(trained: Params, number: jax.Array, best: tuple) -> tuple:
-            new = (loss(trained, moments[1]), number, trained)
+        def better(train: Params, number: jax.Array, best: tuple) -> tuple:
+            new = (loss(train, moments[1]), number, train)
             return jax.tree.map(lambda n, b: jnp.where(new[0] < best[0], n, b), new, best), new[0]
 
         def look(carry: tuple, number: jax.Array) -> tuple:
@@ -184,22 +210,24 @@ def _compile_descent(solving: Solving, optimizer: Any, looks: int) -> Callable:
             best, val = better(state[0], number, carry[1])
             return (state, best), (jnp.mean(values), val)
 
-        first = jax.tree.map(lambda a: a.astype(jnp.float32), solving.trainable.start(leaf))
-        first = solving.solve(came, first, w, moments[0])
+        first = solve(jax.tree.map(lambda array: array.astype(jnp.float32), first))
         best = (loss(first, moments[1]), jnp.int32(0), first)
         carry = ((first, optimizer.init(first)), best)
         (_, last), (train, val) = jax.lax.scan(look, carry, jnp.arange(1, looks + 1))
-        solved = solving.solve(came, last[2], w, moments[0])
+        solved = solve(last[2])
         last, val_solved = better(solved, jnp.int32(looks + 1), last)
         train = jnp.append(train, loss(solved, moments[0]))
         val = jnp.concatenate([best[0][None], val, val_solved[None]])
-        return solving.trainable.store(leaf, last[2]), (train, val, last[1])
+        leaf = combine(last[2], frozen)
+        for part in parts:
+            leaf = part.keep(leaf, given)
+        return leaf, (train, val, last[1])
 
     return jax.jit(descend)
 
 
 def collect_moments(problem: BlockProblem, block: Params, group: tuple[str, ...]) -> dict:
-    """Returns path -> (Moments of the training windows, of the others) for linears of one input.
+    """Returns path -> (Inputs of the training windows, of the others) for linears of one input.
 
     Args:
       block: the student's, with what was solved so far.
@@ -219,10 +247,10 @@ def collect_moments(problem: BlockProblem, block: Params, group: tuple[str, ...]
 
 
 @jax.jit
-def _finish(total: dict, tokens: int, weights: dict) -> dict[str, Moments]:
+def _finish(total: dict, tokens: int, weights: dict) -> dict[str, Inputs]:
     gram, drift = total["gram"] / tokens, total["drift"] / tokens
     return {
-        path: Moments(
+        path: Inputs(
             gram,
             jnp.matmul(drift, w.astype(jnp.float32), precision="highest"),
             total["lost"][path] / tokens,
