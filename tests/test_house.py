@@ -1,5 +1,6 @@
 """The laws of the house that a machine can check: who imports whom, what a method is, mirrors."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -287,3 +288,30 @@ def test_every_exemption_is_needed():
     for source, (_, reason) in MIRRORS.items():
         assert reason and (ROOT / source).is_file(), source
         assert not (ROOT / mirror_of(ROOT / source)).is_file(), f"{source} has its mirror"
+
+
+# Addresses
+
+OTHER_TREES = {
+    "lqec_jax/foreign/axes.py": "an example of somebody's tree",
+    "lqec_jax/io/sources/flax.py": "a name in transformers' Flax trees",
+}
+# To be rewritten; a room leaves this list as soon as it asks the owner.
+NOT_YET = ("lqec_jax/train/", "lqec_jax/trainings/")
+
+
+def spells_an_address(path: Path) -> bool:
+    """Says whether a string other than a docstring holds the address of a linear's weight."""
+    tree = parse(path)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return any(
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+        and "/kernel" in node.value and id(node) not in prose
+        for node in ast.walk(tree)
+    )  # fmt: skip
+
+
+def test_addresses_of_weights_are_spelled_by_their_owner_alone():
+    found = {name_of(path) for path in SOURCES if spells_an_address(path)}
+    assert {name for name in found if not name.startswith(NOT_YET)} == set(OTHER_TREES)
+    assert all(any(name.startswith(room) for name in found) for room in NOT_YET)

@@ -28,7 +28,7 @@ from lqec_jax import api
 from lqec_jax.calibration.data import load_tokens
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at
+from lqec_jax.core.sites import each
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.page import TEACHER, render_comparison
@@ -242,8 +242,7 @@ class Scorer:
 
 def _measure_teacher(scorer: Scorer, reporter: Reporter) -> dict[str, Any]:
     teacher = scorer.load_teacher()
-    kernels = [get_at(segment, f"{path}/kernel")
-               for segment in teacher.params["blocks"] for path in teacher.fns.linears]  # fmt: skip
+    kernels = [kernel for _, kernel in each(teacher.params, teacher.fns.sites)]
     stored = sum(8 * kernel.nbytes for kernel in kernels) / sum(kernel.size for kernel in kernels)
     return _make_row(recipe=TEACHER, bits_per_weight=stored, **scorer.score(teacher, reporter))
 

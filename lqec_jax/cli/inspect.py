@@ -44,8 +44,10 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _describe_dense(path: str) -> dict[str, Any]:
+    from lqec_jax.core.sites import kernel_path
     from lqec_jax.io.sources.hf import Checkpoint, check_tensors
     from lqec_jax.models import families
+    from lqec_jax.models.parameters import linear_sites
 
     checkpoint = Checkpoint.open(path)
     config = families.read_config(checkpoint.config)
@@ -55,8 +57,8 @@ def _describe_dense(path: str) -> dict[str, Any]:
     layers = range(config.layers)
     linears = [
         row
-        for path in _kernels(config)
-        for row in _rows(path, [_stored(checkpoint, tensors[path], layer) for layer in layers])
+        for path, tensor in ((s.path, tensors[kernel_path(s)]) for s in linear_sites(config))
+        for row in _rows(path, [_stored(checkpoint, tensor, layer) for layer in layers])
     ]
     return {"kind": "dense", **_model(config, checkpoint), "linears": linears}
 
@@ -70,15 +72,16 @@ def _stored(checkpoint, tensor, layer: int) -> Any:
 
 
 def _describe_artifact(folder: Path) -> dict[str, Any]:
-    from lqec_jax.core.tree import get_at
+    from lqec_jax.core import sites
     from lqec_jax.io.artifact.artifact import REPORT, load_shapes
     from lqec_jax.io.sources.hf import read_json
+    from lqec_jax.models.parameters import linear_sites
 
     meta, checkpoint, config, tree = load_shapes(folder)
     linears = [
         row
-        for path in _kernels(config)
-        for row in _rows(path, [get_at(block, path) for block in tree["blocks"]])
+        for site in linear_sites(config)
+        for row in _rows(site.path, [sites.get(block, site) for block in tree["blocks"]])
     ]
     weights = sum(row["count"] * row["d_in"] * row["d_out"] for row in linears)
     return {
@@ -138,14 +141,6 @@ def _parameters(config) -> int:
     return outer + config.layers * block
 
 
-def _kernels(config) -> list[str]:
-    """Returns the paths of a block's linears, 'attn/q/kernel'."""
-    from lqec_jax.models import families
-
-    shapes = families.family(config.family).block_shapes(config)
-    return [path for path in shapes if path.endswith("/kernel")]
-
-
 def _rows(path: str, weights: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row for each make of one linear over the blocks, most often just one."""
     from lqec_jax.core.tree import is_compressed
@@ -158,7 +153,7 @@ def _rows(path: str, weights: Sequence[Any]) -> list[dict[str, Any]]:
         makes.setdefault((name_format(leaf), leaf.stored_bits()), []).append(leaf)
     return [
         {
-            "path": path.removesuffix("/kernel"),
+            "path": path,
             "count": len(same),
             "d_in": same[0].d_in,
             "d_out": same[0].d_out,

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_kernels.formats import CompressedLinear
+
+Params = Any  # a pytree of arrays and CompressedLinear leaves
 
 
 def get_at(tree: dict, path: str) -> Any:

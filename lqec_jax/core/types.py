@@ -7,14 +7,16 @@ file or a family.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lqec_jax.core.sites import Site
+from lqec_jax.core.tree import Params
 from lqec_kernels.formats import CompressedLinear
 
-Params = Any  # a pytree of arrays and CompressedLinear leaves
 Scope = Literal["linear", "block", "model"]
 
 
@@ -165,10 +167,9 @@ class ModelFns:
       hidden: (params, tokens) -> (pre_norm, post_norm), both [b, t, d].
       head: (params, post_norm [..., d], start=0, size=None) -> float32 logits of the vocabulary
         columns start .. start + size (all of them by default).
-      linear_groups: paths of a block's linears in data-flow order, those that share an input
-        together.
+      sites: a block's linears in data-flow order, those that share an input together; their order
+        numbers them. `core.sites.in_groups` makes them of paths alone.
       norm: (params, pre_norm) -> post_norm.
-      row_parallel: the linears whose input, not output, is split over devices.
       vocab_size: width of the head.
     """
 
@@ -176,15 +177,25 @@ class ModelFns:
     block: Callable
     hidden: Callable
     head: Callable
-    linear_groups: tuple[tuple[str, ...], ...]
+    sites: tuple[Site, ...]
     norm: Callable | None = None
-    row_parallel: frozenset[str] = frozenset()
     vocab_size: int | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Returns the paths of a block's linears, e.g. 'attn/q'."""
-        return tuple(path for group in self.linear_groups for path in group)
+        return tuple(site.path for site in self.sites)
+
+    @property
+    def linear_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the same paths, those that share an input together."""
+        groups = groupby(self.sites, key=lambda site: site.group)
+        return tuple(tuple(site.path for site in group) for _, group in groups)
+
+    @property
+    def row_parallel(self) -> frozenset[str]:
+        """Returns the paths of the linears whose input, not output, is split over devices."""
+        return frozenset(site.path for site in self.sites if site.split == "in")
 
 
 class Evaluation(NamedTuple):

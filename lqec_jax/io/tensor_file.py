@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 
@@ -98,6 +98,20 @@ def read_entry(entry: TensorEntry) -> np.ndarray:
             f"byte {entry.offset}; the file changed while it was read, restore it"
         )
     return array.reshape(entry.shape)
+
+
+def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> np.ndarray:
+    """Reads start to stop - 1 of a tensor along one axis, and no other byte of the file.
+
+    Raises:
+      InputError: as `read_entry`.
+    """
+    outer, inner = entry.shape[:axis], entry.shape[axis + 1 :]
+    stride = math.prod(inner) * entry.dtype.itemsize
+    first, shape = entry.offset + start * stride, (stop - start, *inner)
+    offsets = range(first, first + entry.bytes, max(1, entry.shape[axis] * stride))
+    parts = [read_entry(replace(entry, shape=shape, offset=offset)) for offset in offsets]
+    return parts[0] if not outer else np.stack(parts).reshape(*outer, *shape)
 
 
 def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lqec_jax.core.sites import kernel_path
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.layers import Block, Norm
-from lqec_jax.models.parameters import ROW_PARALLEL, linear_groups, outer_shapes, with_constants
+from lqec_jax.models.parameters import linear_sites, outer_shapes, with_constants
 
 
 @lru_cache(maxsize=32)
@@ -80,9 +81,8 @@ def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = Tr
         block=block,
         hidden=hidden,
         head=head,
-        linear_groups=linear_groups(config),
+        sites=linear_sites(config),
         norm=norm,
-        row_parallel=ROW_PARALLEL,
         vocab_size=config.vocab_size,
     )
 
@@ -108,7 +108,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     params = {"blocks": stack_blocks(blocks), "norm": Norm(config).init(key, h)["params"]}
     for path, shape in outer_shapes(config).items():
         if path.startswith(("embed/", "head/")):
-            path_key = head_key if path == "head/kernel" else embed_key
+            path_key = head_key if path == kernel_path("head") else embed_key
             array = jax.random.normal(path_key, shape) / config.d_model**0.5
             params = set_at(params, path, array)
     return params

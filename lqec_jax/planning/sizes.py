@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.sites import get_all, put_all
+from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import name_arrays, shard_arrays
@@ -85,13 +86,12 @@ def measure_model(folder: str, recipe: Recipe) -> Sizes:
     family = families.family(config.family)
     fns = model_fns(config)
     shapes = family.block_shapes(config)
-    leaves = preview(fns, {path: shapes[f"{path}/kernel"] for path in fns.linears}, recipe)
+    leaves = preview(fns, {site.path: site.shape for site in fns.sites}, recipe)
     dense: Params = {}
     for path, shape in shapes.items():
         dense = set_at(dense, path, jax.ShapeDtypeStruct(shape, dtype))
-    block = dense = with_constants(config, 0, dense)
-    for path, leaf in leaves.items():
-        block = set_at(block, f"{path}/kernel", leaf)
+    dense = with_constants(config, 0, dense)
+    block = put_all(dense, leaves)
     outer: Params = {}
     for path, stored in family.outer_tensors(config).items():
         outer = set_at(outer, path, jax.ShapeDtypeStruct(stored.inner_shape, dtype))
@@ -99,7 +99,7 @@ def measure_model(folder: str, recipe: Recipe) -> Sizes:
 
 
 def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params) -> Sizes:
-    kernels = {path: get_at(block, f"{path}/kernel") for path in linears}
+    kernels = get_all(block, linears)
     rows = tuple(_row(path, leaf, config.layers) for path, leaf in kernels.items())
     params = {**outer, "blocks": ((_stack(block, config.layers)),)}
     arrays, _ = name_arrays(jax.tree.map(_stand_in, params))

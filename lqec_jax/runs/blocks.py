@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lqec_jax.calibration.collect import collect
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core import sites
 from lqec_jax.core.types import (
     BlockProblem,
     LinearProblem,
@@ -100,9 +100,9 @@ class BlockChain:
                 key = jax.random.fold_in(self.key, number)
                 own = replace(stats, fisher=fisher[path]) if fisher else stats
                 problem = LinearProblem(_weight(dense, path), own, key)
-                leaf = get_at(block, f"{path}/kernel")
+                leaf = sites.get(block, path)
                 leaf, reports[name] = apply_steps(name, steps, problem, leaf)
-                block = set_at(block, f"{path}/kernel", leaf)
+                block = sites.put(block, path, leaf)
         return block, reports
 
     def _collect(self, layer: int, block: Params, path: str, needs: frozenset[str]) -> LinearStats:
@@ -142,7 +142,7 @@ class BlockChain:
     def _describe(self, layer: int, dense: Params, block: Params) -> dict[str, dict]:
         names = {path: f"blocks/{layer}/{path}" for path in self.streams.fns.linears}
         return {
-            name: describe(name, _weight(dense, path), get_at(block, f"{path}/kernel"))
+            name: describe(name, _weight(dense, path), sites.get(block, path))
             for path, name in names.items()
         }
 
@@ -179,15 +179,11 @@ def describe_fit(step: Step, solution: Solution) -> dict[str, Any]:
 
 def wrap_linears(fns: ModelFns, dense: Params) -> Params:
     """Makes every linear of a dense block a CompressedLinear with nothing compressed yet."""
-    for path in fns.linears:
-        dense = set_at(
-            dense, f"{path}/kernel", CompressedLinear(Dense(get_at(dense, f"{path}/kernel")))
-        )
-    return dense
+    return sites.map_block(dense, fns.sites, lambda w: CompressedLinear(Dense(w)))
 
 
 def _weight(dense: Params, path: str) -> jax.Array:
-    return get_at(dense, f"{path}/kernel").astype(jnp.float32)
+    return sites.get(dense, path).astype(jnp.float32)
 
 
 def _floats(block: Params) -> list[jax.Array]:

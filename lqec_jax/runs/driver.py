@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.calibration.fisher import diagonal_fisher
+from lqec_jax.core import sites
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.tree import stack_blocks, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
 from lqec_jax.io.files import write_tensors
@@ -276,8 +277,8 @@ class Driver:
             self.run.save_block(phase, layer, block)
             dense = self._dense_block(layer)
             for path in self.fns.linears:
-                leaf = get_at(block, f"{path}/kernel")
-                w = get_at(dense, f"{path}/kernel").astype(jnp.float32)
+                leaf = sites.get(block, path)
+                w = sites.get(dense, path).astype(jnp.float32)
                 name = f"blocks/{layer}/{path}"
                 linears[name] = {**linears[name], **describe(name, w, leaf)}
         self.run.commit(linears=linears)

@@ -18,9 +18,10 @@ import numpy as np
 
 from lqec_jax.calibration.data import check_tokens
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
+from lqec_jax.core import sites
 from lqec_jax.core.arguments import check_int, check_number
 from lqec_jax.core.progress import Reporter
-from lqec_jax.core.tree import get_at, is_compressed, unstack_blocks
+from lqec_jax.core.tree import is_compressed, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
@@ -124,9 +125,8 @@ def prepare_tuning(
     examples, held = _read(model, rows)
     steps = _count_updates(len(examples.tokens), epochs, settings)
     step = finetune(**settings | steps)
-    for segment in model.params["blocks"]:
-        for path in model.fns.linears:
-            jax.eval_shape(step.preview, get_at(segment, f"{path}/kernel"))
+    for _, leaf in sites.each(model.params, model.fns.sites):
+        jax.eval_shape(step.preview, leaf)
     width = max(examples.tokens.shape[1], held.tokens.shape[1])
     tokens, learned = (
         np.concatenate([_widen(part, width - short) for part in parts])
@@ -220,7 +220,7 @@ def _report(job: TuningJob, params: Params, fit: dict, seconds: float) -> dict[s
     now = {}
     for layer, block in enumerate(unstack_blocks(params["blocks"])):
         for path in job.model.fns.linears:
-            leaf = get_at(block, f"{path}/kernel")
+            leaf = sites.get(block, path)
             if is_compressed(leaf):
                 now[f"blocks/{layer}/{path}"] = leaf
     weights = {name: leaf.d_in * leaf.d_out for name, leaf in now.items()}

@@ -225,8 +225,7 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    shapes = families.family(config.family).block_shapes(config)
-    return {p: shapes[f"{p}/kernel"] for p in model_fns(config).linears}
+    return {site.path: site.shape for site in model_fns(config).sites}
 
 
 def _digest(*arrays: np.ndarray) -> str:

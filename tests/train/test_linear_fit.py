@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lqec_jax.core.linear import linear
+from lqec_jax.core.sites import in_groups
 from lqec_jax.core.types import BlockProblem, ModelFns
 from lqec_jax.errors import InputError
 from lqec_jax.train.block_fit import Trainable
@@ -34,7 +35,7 @@ def gated_fns() -> ModelFns:
         inner = jnp.tanh(linear(h, params["up"]["kernel"])) * linear(h, params["gate"]["kernel"])
         return h + linear(inner, params["down"]["kernel"]), {"up": h, "gate": h, "down": inner}
 
-    return ModelFns(embed=None, block=block, hidden=None, head=None, linear_groups=GROUPS)
+    return ModelFns(embed=None, block=block, hidden=None, head=None, sites=in_groups(GROUPS))
 
 
 def make_problem(**changes) -> BlockProblem:

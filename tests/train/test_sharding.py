@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from lqec_jax.core.sites import in_groups
 from lqec_jax.core.tree import get_at
 from lqec_jax.errors import InputError
 from lqec_jax.models.decoder import model_fns
@@ -162,7 +163,7 @@ def test_pooled_adapters_are_split_where_no_pool_straddles():
         a, b = np.ones((2, 64 // pool, 4), np.float32), np.ones((2, 4, 64), np.float32)
         leaf = CompressedLinear(Dense(np.ones((2, 64, 64))), (LowRank(a, b, pool),))
         params["blocks"][0]["attn"][path] = {"kernel": leaf}
-    fns = dataclasses.replace(fns, row_parallel=frozenset({"attn/o", "attn/v"}))
+    fns = dataclasses.replace(fns, sites=in_groups(fns.linear_groups, ("attn/o", "attn/v")))
     shardings, _ = param_shardings(fns, params, make_mesh(model=2))
     assert jax.tree.structure(shardings) == jax.tree.structure(params)
     specs = {

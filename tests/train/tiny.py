@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.core.linear import linear
+from lqec_jax.core.sites import in_groups
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import BlockProblem, ModelFns, Params
 from lqec_jax.models.config import ModelConfig
@@ -162,7 +163,7 @@ def plain_fns(remat: bool = False) -> ModelFns:
         return post_norm @ kernel
 
     return ModelFns(
-        embed=embed, block=block, hidden=hidden, head=head, linear_groups=(("mix",),), norm=norm,
+        embed=embed, block=block, hidden=hidden, head=head, sites=in_groups([("mix",)]), norm=norm,
         vocab_size=VOCAB,
     )  # fmt: skip
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.tensor_file import TensorEntry, read_chunks, read_entry, read_header
+from lqec_jax.io.tensor_file import TensorEntry, read_chunks, read_entry, read_header, read_part
 from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.families import Family, StoredTensor
+from lqec_jax.models.families import Cut, Family, StoredTensor
 from lqec_jax.models.parameters import with_constants
 
 SINGLE = "model.safetensors"
@@ -110,13 +111,14 @@ class Checkpoint:
         """Returns a tensor's dtype as stored, from the header."""
         return self._entry(name).dtype
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor as stored: shape, dtype and orientation of the file.
+    def read(self, name: str, cut: Cut | None = None) -> np.ndarray:
+        """Reads one tensor, or a cut of it, as stored: shape, dtype and orientation of the file.
 
         Raises:
           InputError: no such tensor; the file became shorter since it was opened.
         """
-        return read_entry(self._entry(name))
+        entry = self._entry(name)
+        return read_entry(entry) if cut is None else read_part(entry, *cut)
 
     def fingerprint(self) -> str:
         """Hashes what the model is: sha256 of config.json and the weight files in name order, hex.
@@ -213,7 +215,7 @@ def read_outer(checkpoint: Checkpoint, family: Family, config: ModelConfig, dtyp
 
 def _read_tree(checkpoint: Checkpoint, tensors: dict[str, StoredTensor], dtype) -> dict:
     """Reads `tensors` (our path -> where it is stored) into a nested dict."""
-    _check_present(checkpoint, [stored.name for stored in tensors.values()])
+    _check_present(checkpoint, {stored.name: stored for stored in tensors.values()})
     tree: dict = {}
     for path, stored in tensors.items():
         _check_shape(checkpoint, stored.name, stored)
@@ -226,7 +228,7 @@ def _read_tree(checkpoint: Checkpoint, tensors: dict[str, StoredTensor], dtype) 
 
 
 def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    came = checkpoint.read(stored.name)
+    came = checkpoint.read(stored.name, stored.cut)
     where = f"{checkpoint.entries[stored.name].file}: {stored.name!r}"
     if came.dtype.name not in _WEIGHT_DTYPES:
         raise InputError(
@@ -236,7 +238,7 @@ def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) 
     _check_finite(came, checkpoint.entries[stored.name].file, stored.name)
     with np.errstate(over="ignore"):  # counted below, and named
         # The transpose, the copy and the cast are one pass into one new array.
-        inner = came.T if stored.transposed else came
+        inner = np.swapaxes(came, -1, -2) if stored.transposed else came
         weight = inner.astype(dtype, order="C", copy=stored.transposed)
     lost = _count_non_finite(weight) if dtype == np.float16 else 0
     if lost:
@@ -286,7 +288,9 @@ def _expected_tensors(family: Family, config: ModelConfig) -> dict[str, StoredTe
 
 
 def _head_name(family: Family, config: ModelConfig) -> str:
-    return family.outer_tensors(dataclasses.replace(config, tied_head=False))["head/kernel"].name
+    return family.outer_tensors(dataclasses.replace(config, tied_head=False))[
+        kernel_path("head")
+    ].name
 
 
 def _check_present(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:

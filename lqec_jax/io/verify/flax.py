@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError
 from lqec_jax.io.sources.hf import Checkpoint, read_json
 from lqec_jax.io.verify import operators
@@ -23,7 +24,7 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     checkpoint = Checkpoint.open(folder)
     weights = read_json(folder / "flax_weights.json")
     found: dict[str, Callable] = {
-        f"{path}/kernel": partial(_read_packed, checkpoint, path, said)
+        kernel_path(path): partial(_read_packed, checkpoint, path, said)
         for path, said in weights.items()
     }
     for name in checkpoint.names():

@@ -1,5 +1,6 @@
 """Hugging Face folders: what is read, what it costs, and one line for every way they are broken."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -7,6 +8,7 @@ import tracemalloc
 import types
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lqec_jax.errors import InputError, MissingExtra
 from lqec_jax.io.sources.hf import Checkpoint, check_tensors, read_block, read_json, read_outer
-from lqec_jax.models.families import family
+from lqec_jax.models.families import Fused, family
 
 CONFIG = {
     "model_type": "llama",
@@ -282,6 +284,42 @@ def test_a_block_is_transposed_into_our_orientation(tmp_path):
         block["mlp_norm"]["scale"], arrays[f"{at}.post_attention_layernorm.weight"]
     )
     assert all(leaf["kernel"].flags.c_contiguous for leaf in block["attn"].values())
+
+
+def fused(*linears):
+    """Returns a family's line for several linears that the checkpoint keeps as one."""
+    name = "model.layers.{layer}." + "_".join(path.replace("/", "_") for path in linears)
+    return dict.fromkeys(linears, Fused(name, linears))
+
+
+def test_a_stored_tensor_may_be_several_linears(tmp_path):
+    arrays = weights()
+    wanted = read_block(*open_model(write_folder(tmp_path / "apart", arrays)), 1, np.float16)
+    lines = fused("attn/q", "attn/k", "attn/v") | fused("mlp/up", "mlp/gate")
+    names = {path: LLAMA.names[path] + ".weight" for path in lines}
+    for layer in range(2):
+        for line in dict.fromkeys(lines.values()):
+            parts = [arrays.pop(names[path].format(layer=layer)) for path in line.linears]
+            arrays[line.name.format(layer=layer) + ".weight"] = np.concatenate(parts)
+    checkpoint, _, config = open_model(write_folder(tmp_path / "fused", arrays))
+    family = dataclasses.replace(LLAMA, names={**LLAMA.names, **lines})
+    check_tensors(checkpoint, family, config)
+    came = read_block(checkpoint, family, config, 1, np.float16)
+    jax.tree.map(np.testing.assert_array_equal, came, wanted)
+    assert jax.tree.structure(came) == jax.tree.structure(wanted)
+    shapes = {p: stored.inner_shape for p, stored in family.block_tensors(config).items()}
+    assert shapes == family.block_shapes(config)
+
+
+def test_a_fused_tensor_of_another_width_or_none_is_named_once(tmp_path):
+    family = dataclasses.replace(LLAMA, names={**LLAMA.names, **fused("attn/q", "attn/k")})
+    checkpoint, _, config = open_model(write_folder(tmp_path / "m", weights()))
+    message = refusal(read_block, checkpoint, family, config, 0, np.float32)
+    assert "1 tensor missing: 'model.layers.0.attn_q_attn_k.weight'" in message
+    arrays = weights() | {"model.layers.0.attn_q_attn_k.weight": np.ones((11, 8), np.float32)}
+    checkpoint = open_model(write_folder(tmp_path / "n", arrays))[0]
+    message = refusal(read_block, checkpoint, family, config, 0, np.float32)
+    assert "is [11, 8], config.json asks for [12, 8]" in message
 
 
 def test_outer_has_embedding_norm_and_head(tmp_path):
