@@ -296,8 +296,6 @@ OTHER_TREES = {
     "lqec_jax/foreign/axes.py": "an example of somebody's tree",
     "lqec_jax/io/sources/flax.py": "a name in transformers' Flax trees",
 }
-# To be rewritten; a room leaves this list as soon as it asks the owner.
-NOT_YET = ("lqec_jax/train/", "lqec_jax/trainings/")
 
 
 def spells_an_address(path: Path) -> bool:
@@ -313,5 +311,4 @@ def spells_an_address(path: Path) -> bool:
 
 def test_addresses_of_weights_are_spelled_by_their_owner_alone():
     found = {name_of(path) for path in SOURCES if spells_an_address(path)}
-    assert {name for name in found if not name.startswith(NOT_YET)} == set(OTHER_TREES)
-    assert all(any(name.startswith(room) for name in found) for room in NOT_YET)
+    assert found == set(OTHER_TREES)

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core import sites
 from lqec_jax.core.linear import linear
-from lqec_jax.core.tree import get_at, is_compressed
+from lqec_jax.core.tree import is_compressed
 from lqec_jax.core.types import BlockProblem, ModelFns, Params
 from lqec_jax.core.walking import cut_rows
 
@@ -75,12 +76,11 @@ class LinearAnswer:
         (block,), dense = params["blocks"], params["dense"]
         inputs = fns.block(dense, batch["h"])[1]
         total = jnp.zeros((), jnp.float32)
-        for path in fns.linears:
-            leaf = get_at(block, f"{path}/kernel")
+        for site in fns.sites:
+            leaf, x = sites.get(block, site), inputs[site.path]
             if not is_compressed(leaf):
                 continue
-            x = inputs[path]
-            wanted = linear(x, get_at(dense, f"{path}/kernel")).astype(jnp.float32)
+            wanted = linear(x, sites.get(dense, site)).astype(jnp.float32)
             error = jnp.mean(jnp.square(linear(x, leaf).astype(jnp.float32) - wanted))
             tiny = jnp.finfo(jnp.float32).tiny
             total += error / jnp.maximum(jnp.mean(jnp.square(wanted)), tiny)

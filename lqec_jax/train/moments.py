@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lqec_jax.core.tree import combine, get_at, partition, set_at
+from lqec_jax.core import sites
+from lqec_jax.core.tree import combine, partition
 from lqec_jax.core.types import BlockProblem, Evaluation, ModelFns, Params, Solution
 from lqec_jax.core.walking import cut_rows
 from lqec_jax.errors import InputError
@@ -109,10 +110,9 @@ def fit_weights(training: Any, problem: BlockProblem) -> Solution:
     for group in problem.fns.linear_groups:
         moments = collect_moments(problem, block, group)
         for path in group:
-            name = f"{path}/kernel"
-            leaf, w = get_at(block, name), get_at(problem.dense, name).astype(jnp.float32)
-            stored, found = descend(leaf, w, moments[path])
-            block = set_at(block, name, stored)
+            w = sites.get(problem.dense, path).astype(jnp.float32)
+            stored, found = descend(sites.get(block, path), w, moments[path])
+            block = sites.put(block, path, stored)
             curves.append(Curve(*jax.device_get(found)))
             notes += curves[-1].describe(path)
             session.progress(len(curves), total, "weight")
@@ -232,7 +232,7 @@ def collect_moments(problem: BlockProblem, block: Params, group: tuple[str, ...]
     Args:
       block: the student's, with what was solved so far.
     """
-    weights = {path: get_at(problem.dense, f"{path}/kernel") for path in group}
+    weights = sites.get_all(problem.dense, group)
     add = _compile_sums(problem.fns, group)
     found = []
     for first, last in ((0, problem.train), (problem.train, len(problem.student))):
@@ -270,7 +270,7 @@ def _compile_sums(fns: ModelFns, group: tuple[str, ...]) -> Callable:
     def add(dense: Params, block: Params, teacher: jax.Array, student: jax.Array) -> dict:
         ends = (fns.block(dense, teacher)[1][group[0]], fns.block(block, student)[1][group[0]])
         own, x = (end.astype(jnp.float32).reshape(-1, end.shape[-1]) for end in ends)
-        weights = {p: get_at(dense, f"{p}/kernel").astype(jnp.float32) for p in group}
+        weights = {p: w.astype(jnp.float32) for p, w in sites.get_all(dense, group).items()}
         return {
             "gram": multiply(x.T, x),
             "drift": multiply(x.T, own - x),

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lqec_jax.core.sites import linear_path
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
 from lqec_kernels.adapters import QuantizedLowRank
@@ -67,7 +68,7 @@ def param_shardings(fns: ModelFns, params: Params, mesh: Mesh) -> tuple[Params, 
 
     def place(path: tuple, node: Any) -> Any:
         name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        name = name.removeprefix("blocks/").removesuffix("/kernel")
+        name = linear_path(name.removeprefix("blocks/"))
         if name not in fns.linears or parts == 1:
             return jax.tree.map(lambda _: whole, node)
         axis = -2 if name in fns.row_parallel else -1

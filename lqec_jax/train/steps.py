@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 
-from lqec_jax.core.tree import get_at, is_compressed, partition, set_at
+from lqec_jax.core import sites
+from lqec_jax.core.tree import is_compressed, partition
 from lqec_jax.core.types import (
     BlockProblem,
     ModelFns,
@@ -107,7 +108,9 @@ class Program:
     loss: Any
 
     def __call__(self, params: Params, batch: dict) -> tuple[jax.Array, dict]:
-        read = each_linear(self.fns, params, lambda leaf, _: read_weight(self.parts, leaf))
+        read = sites.map_model(
+            params, self.fns.sites, lambda leaf, _: read_weight(self.parts, leaf)
+        )
         return self.loss(self.fns, read, batch)
 
 
@@ -240,19 +243,6 @@ class _In:
         return path[0].key == "blocks" and self.moves(path, array)
 
 
-def each_linear(fns: ModelFns, params: Params, change: Callable) -> Params:
-    """Returns a model, or {'blocks': (block,)}, with `change(leaf, number)` for each weight."""
-    segments, number = [], 0
-    for segment in params["blocks"]:
-        for path in fns.linears:
-            leaf = get_at(segment, f"{path}/kernel")
-            if is_compressed(leaf):
-                segment = set_at(segment, f"{path}/kernel", change(leaf, number))
-            number += 1
-        segments.append(segment)
-    return {**params, "blocks": tuple(segments)}
-
-
 def _begin(training: Training, fns: ModelFns, params: Params, key: jax.Array) -> Params:
     linears = fns.linears
 
@@ -261,14 +251,14 @@ def _begin(training: Training, fns: ModelFns, params: Params, key: jax.Array) ->
             return leaf
         return training.begin(leaf, jax.random.fold_in(key, number))
 
-    return each_linear(fns, params, begin)
+    return sites.map_model(params, fns.sites, begin)
 
 
 def _finish(
     training: Training, fns: ModelFns, fitted: Fitted, begun: Params, given: Params
 ) -> Params:
     """Returns what was trained as it is stored, and to the bit what was given where it is best."""
-    first = _weights(fns, given)
+    first = [leaf for _, leaf in sites.each(given, fns.sites)]
     trained = begun if fitted.best_update == 0 else fitted.params
 
     def store(leaf: CompressedLinear, number: int) -> CompressedLinear:
@@ -276,7 +266,7 @@ def _finish(
             return leaf
         return training.store(leaf, first[number], moved=fitted.best_update > 0)
 
-    stored = each_linear(fns, trained, store)
+    stored = sites.map_model(trained, fns.sites, store)
     return {name: _as_it_came(given[name], stored[name]) for name in given}
 
 
@@ -286,17 +276,6 @@ def _as_it_came(given: Params, stored: Params) -> Params:
         lambda before, after: after if is_compressed(after) else store_as(before, after),
         given, stored, is_leaf=is_compressed,
     )  # fmt: skip
-
-
-def _weights(fns: ModelFns, params: Params) -> dict[int, CompressedLinear]:
-    found: dict[int, CompressedLinear] = {}
-
-    def note(leaf: CompressedLinear, number: int) -> CompressedLinear:
-        found[number] = leaf
-        return leaf
-
-    each_linear(fns, params, note)
-    return found
 
 
 @lru_cache(maxsize=32)

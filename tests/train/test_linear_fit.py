@@ -8,11 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from lqec_jax.core.linear import linear
-from lqec_jax.core.sites import in_groups
-from lqec_jax.core.types import BlockProblem, ModelFns
-from lqec_jax.errors import InputError
 from lqec_jax.train.block_fit import Trainable
 from lqec_jax.train.linear_fit import (
     Solving,
@@ -21,6 +16,11 @@ from lqec_jax.train.linear_fit import (
     find_loss,
     fit_weights,
 )
+
+from lqec_jax.core.linear import linear
+from lqec_jax.core.sites import in_groups
+from lqec_jax.core.types import BlockProblem, ModelFns
+from lqec_jax.errors import InputError
 from lqec_kernels.formats import CompressedLinear, Dense
 
 D, WIDE, LENGTH = 16, 24, 8

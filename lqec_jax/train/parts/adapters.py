@@ -15,6 +15,7 @@ import optax
 from lqec_jax.core.arguments import check_choice, check_number, check_rank, resolve_rank
 from lqec_jax.core.bases import find_grid
 from lqec_jax.core.closed_form import balance, regress
+from lqec_jax.core.sites import linear_path
 from lqec_jax.core.tree import SELECTIONS
 from lqec_jax.errors import InputError
 from lqec_jax.train.parts.part import Part
@@ -72,9 +73,10 @@ class Adapters(Part):
     def label(self, path: tuple, array: jax.Array) -> str | None:
         if not SELECTIONS["adapters"](path, array):
             return None
-        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        place = f"/{'/'.join(map(str, keys))}"
-        return None if place.endswith(tuple(f"/{p}/kernel" for p in self.leave_out)) else "adapters"
+        keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        linear = linear_path("/".join(map(str, keys))) or ""
+        left = any(f"/{linear}".endswith(f"/{path}") for path in self.leave_out)
+        return None if left else "adapters"
 
     def keep(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
         return store_adapters(leaf, jnp.dtype(self.dtype))
