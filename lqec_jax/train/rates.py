@@ -1,9 +1,8 @@
 """How far an update moves: rates, their fall, and the optimizer of a training's parts."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,21 +125,6 @@ def find_label(parts: tuple, path: tuple, array: jax.Array) -> str | None:
     """Returns under which label an array moves, None where it stays; the first part decides."""
     labels = (part.label(path, array) for part in parts)
     return next((label for label in labels if label is not None), None)
-
-
-def choose(method: str, presets: Mapping[str, Any], preset: str, **given: Any) -> Any:
-    """Returns a preset's settings, a frozen record, with what was given in place of its own.
-
-    Raises:
-      InputError: there is no such preset.
-    """
-    check_choice(method, "preset", preset, presets)
-    return replace(presets[preset], **{n: value for n, value in given.items() if value is not None})
-
-
-def tell(settings: Any) -> dict[str, Any]:
-    """Returns a record as the arguments of a step, in order."""
-    return asdict(settings)
 
 
 def check_schedule(method: str, schedule: Schedule) -> None:

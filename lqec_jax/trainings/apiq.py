@@ -21,45 +21,49 @@ levels, {-1, 0, 1} · absmax, the fourth being out of reach until σ(γ) is belo
 error of the asymmetric grid. Ours is s = 2·absmax/(2^b - 1), whose four levels are all in use.
 """
 
-from dataclasses import dataclass
-
 from lqec_jax.core.arguments import check_choice
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.group_grid import make_grid
 from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.train.answers import Answer
 from lqec_jax.train.moments import Moments
 from lqec_jax.train.parts import Adapters, Clips
-from lqec_jax.train.rates import Rates, check_schedule, choose, tell
+from lqec_jax.train.rates import Rates, check_schedule
 from lqec_jax.train.steps import make_training, same_key
 
 REFERENCE = "BaohaoLiao/ApiQ@782adbd apiq/calibrate.py"
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a preset says; see `apiq`."""
-
-    alpha: float
-    epochs: int
-    batch: int
-    clip_lr: float
-    lr: float | None
-    weight_decay: float
-    decay: str
-
-
 # The authors' settings, for 128 windows of 2048 tokens and rank 64.
-PAPER = Settings(alpha=16.0, epochs=20, batch=1, clip_lr=5e-3, lr=5e-4, weight_decay=0.1,
-                 decay="constant")  # fmt: skip
+PAPER = dict(
+    alpha=16.0,
+    epochs=20,
+    batch=1,
+    clip_lr=5e-3,
+    lr=5e-4,
+    weight_decay=0.1,
+    decay="constant",
+)
 # Ours, measured on two small models at 2 bits and rank 16: 640 updates of two windows a block go
 # further than the authors' 2560 of one. A learning rate of None is thrice RILQ's, 0.768 over the
 # model's width.
-OURS = Settings(alpha=16.0, epochs=5, batch=2, clip_lr=0.05, lr=None, weight_decay=0.1,
-                decay="cosine")  # fmt: skip
+OURS = dict(
+    alpha=16.0,
+    epochs=5,
+    batch=2,
+    clip_lr=0.05,
+    lr=None,
+    weight_decay=0.1,
+    decay="cosine",
+)
 LR_TIMES_WIDTH = 0.768
 PRESETS = {"ours": OURS, "paper": PAPER}
 
 
+@makes_step(
+    presets=PRESETS,
+    order="bits group_size rank scope symmetric alpha epochs batch clip_lr lr weight_decay decay "
+    "updates aug scale_dtype dtype",
+)
 def apiq(
     *,
     bits: int = 2,
@@ -108,23 +112,20 @@ def apiq(
     """
     grid = make_grid("apiq", bits=bits, group_size=group_size, symmetric=symmetric,
                      scale_dtype=scale_dtype)  # fmt: skip
-    chosen = choose(
-        "apiq", PRESETS, preset, alpha=alpha, epochs=epochs, batch=batch, clip_lr=clip_lr, lr=lr,
-        weight_decay=weight_decay, decay=decay,
-    )  # fmt: skip
     check_choice("apiq", "scope", scope, ("block", "linear"))
     aug = scope == "block" if aug is None else aug
     check_choice("apiq", "aug", aug, (True, False))
-    clips = Clips(
-        grid=grid, rates=Rates(chosen.clip_lr, chosen.decay, weight_decay=chosen.weight_decay)
-    )
+    clips = Clips(grid=grid, rates=Rates(clip_lr, decay, weight_decay=weight_decay))
     clips.rates.check("apiq", "clip_lr")
     factors = Adapters(
-        rank=rank, alpha=chosen.alpha, times_width=LR_TIMES_WIDTH, dtype=dtype,
-        rates=Rates(chosen.lr, chosen.decay, weight_decay=chosen.weight_decay),
-    )  # fmt: skip
+        rank=rank,
+        alpha=alpha,
+        times_width=LR_TIMES_WIDTH,
+        dtype=dtype,
+        rates=Rates(lr, decay, weight_decay=weight_decay),
+    )
     factors.check("apiq")
-    passes = Schedule(epochs=chosen.epochs, batch=chosen.batch, accumulate=None, patience=0)
+    passes = Schedule(epochs=epochs, batch=batch, accumulate=None, patience=0)
     counted = Schedule(updates=updates, batch=None, eval_every=None, patience=0)
     check_schedule("apiq", counted if scope == "block" else passes)  # the other is checked below
     return make_training(
@@ -134,8 +135,6 @@ def apiq(
         scope="block",
         schedule=passes if scope == "block" else counted,
         keys=same_key,
-        arguments={"bits": bits, "group_size": group_size, "rank": rank, "scope": scope,
-                   "symmetric": symmetric, **tell(chosen), "updates": updates, "aug": aug,
-                   "scale_dtype": scale_dtype, "dtype": dtype},
+        arguments={"aug": aug},
         objective_name="what the block, or the linear, answers in both streams",
-    )  # fmt: skip
+    )

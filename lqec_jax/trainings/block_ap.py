@@ -16,6 +16,7 @@ best of the epochs is kept, the start included.
 """
 
 from lqec_jax.core.arguments import check_choice
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.group_grid import make_grid
 from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.train.answers import Answer
@@ -29,6 +30,7 @@ REFERENCE = "our choice"
 LAST = 0.05
 
 
+@makes_step()
 def block_ap(
     *,
     bits: int = 4,
@@ -65,8 +67,5 @@ def block_ap(
         scope="block",
         schedule=Schedule(epochs=epochs, batch=batch, accumulate=None, patience=0),
         keys=same_key,
-        arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
-                   "epochs": epochs, "batch": batch, "weight_lr": weight_lr,
-                   "scale_lr": scale_lr, "aug": aug, "scale_dtype": scale_dtype},
         objective_name="what the block answers to the teacher's",
-    )  # fmt: skip
+    )

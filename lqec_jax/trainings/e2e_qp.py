@@ -9,6 +9,7 @@ base stays packed; scales are float32 while training and stored as they came; th
 validation windows is kept, the start included.
 """
 
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.train.losses import ModelLoss, NextToken
 from lqec_jax.train.parts import Scales
@@ -18,6 +19,7 @@ from lqec_jax.train.steps import make_training, same_key
 REFERENCE = "our choice"
 
 
+@makes_step()
 def e2e_qp(
     *,
     updates: int = 128,
@@ -43,7 +45,5 @@ def e2e_qp(
         scope="model",
         schedule=Schedule(updates, batch, accumulate, eval_every, patience=0),
         keys=same_key,
-        arguments={"updates": updates, "batch": batch, "accumulate": accumulate, "lr": lr,
-                   "eval_every": eval_every},
         objective_name="next-token loss",
-    )  # fmt: skip
+    )

@@ -15,41 +15,42 @@ are stored, where the reference stores √rank of them; the best look at the val
 kept, the start included; a loss that is no longer finite stops with the best kept.
 """
 
-from dataclasses import dataclass
-
 from lqec_jax.core.arguments import check_choice, check_rank
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.types import Params, Schedule, TrainingStep
 from lqec_jax.train.losses import ModelLoss, NextToken
 from lqec_jax.train.parts import Norms, Rest, Scales, StoredAdapters, Zeros
 from lqec_jax.train.parts.stored import holds_rounded
-from lqec_jax.train.rates import Rates, choose, tell
+from lqec_jax.train.rates import Rates
 from lqec_jax.train.steps import make_training
 
 REFERENCE = "Paramathic/slim@09a5676 main.py"
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a preset says; see `finetune`."""
-
-    optimizer: str
-    lr: float | None
-    decay: str
-    warmup: int | float
-    updates: int
-    batch: int
-    weight_decay: float
-    patience: int
-    eval_every: int
-
-
 # The authors': Adafactor, 1e-4 falling in a line, 5 updates of warm-up, no look and no early stop.
-SLIM = Settings(optimizer="adafactor", lr=1e-4, decay="linear", warmup=5, updates=469, batch=64,
-                weight_decay=0.0, patience=0, eval_every=67)  # fmt: skip
+SLIM = dict(
+    optimizer="adafactor",
+    lr=1e-4,
+    decay="linear",
+    warmup=5,
+    updates=469,
+    batch=64,
+    weight_decay=0.0,
+    patience=0,
+    eval_every=67,
+)
 # Ours: RILQ's rule for the learning rate, 0.256 over the width, and its schedule, with a warm-up
 # because second moments are empty at first.
-OURS = Settings(optimizer="adamw", lr=None, decay="cosine", warmup=0.05, updates=200, batch=8,
-                weight_decay=0.0, patience=5, eval_every=25)  # fmt: skip
+OURS = dict(
+    optimizer="adamw",
+    lr=None,
+    decay="cosine",
+    warmup=0.05,
+    updates=200,
+    batch=8,
+    weight_decay=0.0,
+    patience=5,
+    eval_every=25,
+)
 PRESETS = {"ours": OURS, "slim": SLIM}
 # What may be trained, in words.
 CHOICES = {
@@ -61,6 +62,11 @@ CHOICES = {
 }
 
 
+@makes_step(
+    presets=PRESETS,
+    order="rank train accumulate dtype optimizer lr decay warmup updates batch weight_decay "
+    "patience eval_every",
+)
 def finetune(
     *,
     rank: int | float | None = None,
@@ -101,17 +107,12 @@ def finetune(
       preset: 'slim' for the authors' hyper-parameters (`SLIM`), 'ours' for `OURS`; an argument
         given wins over the preset.
     """
-    chosen = choose(
-        "finetune", PRESETS, preset, optimizer=optimizer, lr=lr, decay=decay, warmup=warmup,
-        updates=updates, batch=batch, weight_decay=weight_decay, patience=patience,
-        eval_every=eval_every,
-    )  # fmt: skip
     check_choice("finetune", "train", train, CHOICES)
     check_choice("finetune", "dtype", dtype, ("float16", "float32"))
     if rank is not None:
         check_rank("finetune", rank)
-    rates = Rates(chosen.lr, chosen.decay, warmup=chosen.warmup, weight_decay=chosen.weight_decay,
-                  optimizer=chosen.optimizer)  # fmt: skip
+    rates = Rates(lr, decay, warmup=warmup, weight_decay=weight_decay,
+                  optimizer=optimizer)  # fmt: skip
     rates.check("finetune")
     known = {
         "adapters": StoredAdapters(rank=rank, dtype=dtype, rates=rates),
@@ -125,20 +126,21 @@ def finetune(
         [known[name] for name in train.split("+")],
         ModelLoss((NextToken(),)),
         scope="model",
-        schedule=Schedule(
-            chosen.updates, chosen.batch, accumulate, chosen.eval_every, chosen.patience
-        ),
-        arguments={"rank": rank, "train": train, "accumulate": accumulate, "dtype": dtype,
-                   **tell(chosen)},
+        schedule=Schedule(updates, batch, accumulate, eval_every, patience),
         objective_name="next-token loss",
         describe=_describe,
-    )  # fmt: skip
+    )
 
 
 def _describe(parts: tuple, begun: Params, count: int) -> tuple[str, ...]:
     """Returns what is said of what was trained."""
-    names = {StoredAdapters: "adapters", Scales: "scales", Zeros: "zeros", Norms: "norms",
-             Rest: "rest"}  # fmt: skip
+    names = {
+        StoredAdapters: "adapters",
+        Scales: "scales",
+        Zeros: "zeros",
+        Norms: "norms",
+        Rest: "rest",
+    }
     said = CHOICES["+".join(names[type(part)] for part in parts)]
     rounded = "; adapters are quantized, and were trained through their rounding"
     return (f"trained: {said}, {count} numbers{rounded if holds_rounded(begun) else ''}",)

@@ -16,49 +16,52 @@ left out, and so is its `nan_to_num` of the loss, which hides what this library 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lqec_jax.core.arguments import check_choice, check_int, check_number
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.errors import InputError
 from lqec_jax.train.losses import Divergence, ModelLoss, NextToken
 from lqec_jax.train.parts import Adapters
-from lqec_jax.train.rates import Rates, choose, tell
+from lqec_jax.train.rates import Rates
 from lqec_jax.train.steps import make_training
 
 REFERENCE = "stochasticai/xTuring@ef23c72 examples/int2-1"
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a preset says; see `lrec`."""
-
-    rank: int | float | None
-    alpha: float
-    lr: float | None
-    updates: int
-    batch: int
-    weight_decay: float
-    coupled: bool
-    decay: str
-    patience: int
-    eval_every: int
-    token_weight: float | None
-    leave_out: tuple[str, ...]
-
-
 # The authors' job for 2 bits: 10 epochs of 10000 windows, 7 an update, a look every epoch. Their
 # job for 4 bits has lr 1e-5 and token_weight 10; their program's own defaults, which neither job
 # keeps, are lr 3e-4, token_weight 200, batch 4 and adapters on every linear.
-PAPER = Settings(rank=32, alpha=128.0, lr=3e-5, updates=14280, batch=7, weight_decay=1e-5,
-                 coupled=True, decay="constant", patience=0, eval_every=1428, token_weight=120.0,
-                 leave_out=("mlp/down",))  # fmt: skip
+PAPER = dict(
+    rank=32,
+    alpha=128.0,
+    lr=3e-5,
+    updates=14280,
+    batch=7,
+    weight_decay=1e-5,
+    coupled=True,
+    decay="constant",
+    patience=0,
+    eval_every=1428,
+    token_weight=120.0,
+    leave_out=("mlp/down",),
+)
 # Ours: the schedule of `rilq` and its rule for a learning rate of None, which held here too: at
 # width 128 half and twice as much were worse, at 64 twice as much was better, as it was there
 # (configs/studies/lrec_defaults).
-OURS = Settings(rank=None, alpha=16.0, lr=None, updates=400, batch=8, weight_decay=0.0,
-                coupled=False, decay="cosine", patience=5, eval_every=25, token_weight=None,
-                leave_out=())  # fmt: skip
+OURS = dict(
+    rank=None,
+    alpha=16.0,
+    lr=None,
+    updates=400,
+    batch=8,
+    weight_decay=0.0,
+    coupled=False,
+    decay="cosine",
+    patience=5,
+    eval_every=25,
+    token_weight=None,
+    leave_out=(),
+)
 PRESETS = {"ours": OURS, "paper": PAPER}
 NEW_RANK = 32
 # A weight of None is this times the tokens of a window: the authors' 120 over their 2048, beside
@@ -67,6 +70,11 @@ NEW_RANK = 32
 TOKEN_SHARE = 0.06
 
 
+@makes_step(
+    presets=PRESETS,
+    order="rank alpha lr updates batch weight_decay coupled decay patience eval_every token_weight "
+    "leave_out accumulate kl_weight reduction logits top_k dtype",
+)
 def lrec(
     *,
     rank: int | float | None = None,
@@ -117,47 +125,44 @@ def lrec(
         token_weight=10), 'ours' for what was better on two small models (`OURS`). An argument given
         wins over the preset.
     """
-    chosen = choose(
-        "lrec", PRESETS, preset, rank=rank, alpha=alpha, lr=lr, updates=updates, batch=batch,
-        weight_decay=weight_decay, coupled=coupled, decay=decay, patience=patience,
-        eval_every=eval_every, token_weight=token_weight, leave_out=_paths(leave_out),
-    )  # fmt: skip
+    leave_out = _paths(leave_out)
     part = Adapters(
-        rank=chosen.rank, alpha=chosen.alpha, coupled=chosen.coupled, new_rank=NEW_RANK,
-        dtype=dtype, leave_out=chosen.leave_out,
-        rates=Rates(chosen.lr, chosen.decay, weight_decay=chosen.weight_decay),
-    )  # fmt: skip
+        rank=rank,
+        alpha=alpha,
+        coupled=coupled,
+        new_rank=NEW_RANK,
+        dtype=dtype,
+        leave_out=leave_out,
+        rates=Rates(lr, decay, weight_decay=weight_decay),
+    )
     part.check("lrec")
     check_number("lrec", "kl_weight", kl_weight, 0.0)
-    if chosen.token_weight is not None:
-        check_number("lrec", "token_weight", chosen.token_weight, 0.0)
+    if token_weight is not None:
+        check_number("lrec", "token_weight", token_weight, 0.0)
     check_choice("lrec", "reduction", reduction, ("sum", "mean"))
     check_choice("lrec", "logits", logits, ("recomputed", "streamed", "top_k"))
     check_int("lrec", "top_k", top_k, 1)
-    share = f"{TOKEN_SHARE:g} T" if chosen.token_weight is None else token_weight
+    share = f"{TOKEN_SHARE:g} T" if token_weight is None else token_weight
     return make_training(
         "lrec",
         [part],
-        ModelLoss((
-            Divergence(kl_weight, reduction, logits, top_k),
-            NextToken(chosen.token_weight, TOKEN_SHARE, each=reduction == "mean"),
-        )),
-        scope="model",
-        schedule=Schedule(
-            chosen.updates, chosen.batch, accumulate, chosen.eval_every, chosen.patience
+        ModelLoss(
+            (
+                Divergence(kl_weight, reduction, logits, top_k),
+                NextToken(token_weight, TOKEN_SHARE, each=reduction == "mean"),
+            )
         ),
-        leave_out=chosen.leave_out,
-        arguments={**tell(chosen), "accumulate": accumulate, "kl_weight": kl_weight,
-                   "reduction": reduction, "logits": logits, "top_k": top_k, "dtype": dtype},
+        scope="model",
+        schedule=Schedule(updates, batch, accumulate, eval_every, patience),
+        leave_out=leave_out,
+        arguments={"leave_out": leave_out},
         objective_name=f"{kl_weight:g} KL(teacher || student), a sum over T tokens, "
         f"+ {share} next-token loss",
-    )  # fmt: skip
+    )
 
 
-def _paths(left: Sequence[str] | None) -> tuple[str, ...] | None:
+def _paths(left: Sequence[str]) -> tuple[str, ...]:
     """Returns the paths of linears as a tuple."""
-    if left is None:
-        return None
     if not isinstance(left, tuple | list) or not all(isinstance(path, str) for path in left):
         raise InputError(f"lrec: leave_out={left!r}; paths such as ('mlp/down',) were wanted")
     return tuple(left)

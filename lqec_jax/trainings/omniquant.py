@@ -16,6 +16,7 @@ epochs is kept, the start included.
 """
 
 from lqec_jax.core.arguments import check_choice
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.group_grid import make_grid
 from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.train.answers import Answer
@@ -26,6 +27,7 @@ from lqec_jax.train.steps import make_training, same_key
 REFERENCE = "OpenGVLab/OmniQuant@ec4aded quantize/quantizer.py"
 
 
+@makes_step()
 def omniquant(
     *,
     bits: int = 4,
@@ -61,8 +63,5 @@ def omniquant(
         scope="block",
         schedule=Schedule(epochs=epochs, batch=batch, accumulate=None, patience=0),
         keys=same_key,
-        arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
-                   "epochs": epochs, "batch": batch, "lr": lr, "aug": aug,
-                   "scale_dtype": scale_dtype},
         objective_name="what the block answers in both streams",
-    )  # fmt: skip
+    )

@@ -10,48 +10,53 @@ win; adapters and moments are float32 whatever the compute dtype. `preset='paper
 hyper-parameters.
 """
 
-from dataclasses import dataclass
-
 from lqec_jax.core.arguments import check_choice, check_number
+from lqec_jax.core.factories import makes_step
 from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.errors import InputError
 from lqec_jax.train.answers import Answer, LinearAnswer
 from lqec_jax.train.losses import Discrepancy, ModelLoss, NextToken
 from lqec_jax.train.parts import Adapters
-from lqec_jax.train.rates import Rates, choose, tell
+from lqec_jax.train.rates import Rates
 from lqec_jax.train.steps import half_key, make_training
 
 REFERENCE = "aiha-lab/RILQ@42e2be2 main.py"
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a preset says; see `rilq`."""
-
-    alpha: float
-    lr: float | None
-    updates: int
-    batch: int
-    weight_decay: float
-    patience: int
-    eval_every: int
-    decay: str
-
-
 # The authors' settings: Adam, constant 1e-4, alpha 16 whatever the rank, 8 sequences an update, at
 # most 1250 updates, a look every 25, patience 5.
-PAPER = Settings(alpha=16.0, lr=1e-4, updates=1250, batch=8, weight_decay=0.0, patience=5,
-                 eval_every=25, decay="constant")  # fmt: skip
+PAPER = dict(
+    alpha=16.0,
+    lr=1e-4,
+    updates=1250,
+    batch=8,
+    weight_decay=0.0,
+    patience=5,
+    eval_every=25,
+    decay="constant",
+)
 # Ours, measured in configs/studies/rilq_defaults at rank 16, where alpha/rank is 1. A learning rate
 # of None is 0.256 over the model's width: 2e-3 at 128, the best of a factor-2 grid there,
 # and 4e-3 at 64, where 8e-3 did better still. At other ranks it is divided by alpha/rank, so that b
 # moves as far; undivided, rank 2 never gained (configs/studies/rank_study). At width 4096 and rank
 # 64 that is 2.5e-4, the order of the authors' 1e-4.
-OURS = Settings(alpha=16.0, lr=None, updates=400, batch=8, weight_decay=0.0, patience=5,
-                eval_every=25, decay="cosine")  # fmt: skip
+OURS = dict(
+    alpha=16.0,
+    lr=None,
+    updates=400,
+    batch=8,
+    weight_decay=0.0,
+    patience=5,
+    eval_every=25,
+    decay="cosine",
+)
 PRESETS = {"ours": OURS, "paper": PAPER}
 
 
+@makes_step(
+    presets=PRESETS,
+    order="rank accumulate scope target pool dtype model_weight token_weight alpha lr updates "
+    "batch weight_decay patience eval_every decay",
+)
 def rilq(
     *,
     rank: int | float | None = None,
@@ -102,16 +107,15 @@ def rilq(
       preset: 'paper' for the authors' hyper-parameters (`PAPER`), 'ours' for those that were better
         on both small models (`OURS`). An argument given wins over the preset.
     """
-    chosen = choose(
-        "rilq", PRESETS, preset, alpha=alpha, lr=lr, updates=updates, batch=batch, decay=decay,
-        weight_decay=weight_decay, patience=patience, eval_every=eval_every,
-    )  # fmt: skip
     if token_weight is None:
         token_weight = 0.5 if scope == "model" else 0.0
     part = Adapters(
-        rank=rank, alpha=chosen.alpha, pool=pool, dtype=dtype,
-        rates=Rates(chosen.lr, chosen.decay, weight_decay=chosen.weight_decay),
-    )  # fmt: skip
+        rank=rank,
+        alpha=alpha,
+        pool=pool,
+        dtype=dtype,
+        rates=Rates(lr, decay, weight_decay=weight_decay),
+    )
     part.check("rilq")
     for name, weight in (("model_weight", model_weight), ("token_weight", token_weight)):
         check_number("rilq", name, weight, 0.0)
@@ -122,16 +126,11 @@ def rilq(
             f"rilq: scope={scope!r} compares what each {scope} answers; "
             "target and token_weight belong to scope='model', leave them out"
         )
-    schedule = Schedule(
-        chosen.updates, chosen.batch, accumulate, chosen.eval_every, chosen.patience
-    )
-    arguments = {"rank": rank, "accumulate": accumulate, "scope": scope, "target": target,
-                 "pool": pool, "dtype": dtype, "model_weight": model_weight,
-                 "token_weight": token_weight, **tell(chosen)}  # fmt: skip
+    schedule = Schedule(updates, batch, accumulate, eval_every, patience)
     if scope != "model":
         return make_training(
             "rilq", [part], Answer() if scope == "block" else LinearAnswer(), scope="block",
-            schedule=schedule, arguments=arguments, keys=half_key,
+            schedule=schedule, arguments={"token_weight": token_weight}, keys=half_key,
             objective_name=f"what each {scope} answers",
         )  # fmt: skip
     return make_training(
@@ -140,6 +139,6 @@ def rilq(
         ModelLoss((Discrepancy(model_weight, target), NextToken(token_weight))),
         scope="model",
         schedule=schedule,
-        arguments=arguments,
+        arguments={"token_weight": token_weight},
         objective_name=f"{model_weight:g} mse({target}) + {token_weight:g} next-token loss",
     )
