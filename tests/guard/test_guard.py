@@ -32,7 +32,7 @@ def runner(request, tmp_path_factory):
     runner.close()
 
 
-@pytest.mark.parametrize("row", map(mark, ROWS))
+@pytest.mark.parametrize("row", [mark(row) for row in ROWS])
 def test_a_row_writes_what_it_wrote(row, request):
     recorded = KEPT["runs"].get(HERE, {}).get(row)
     if recorded is None:
