@@ -6,18 +6,15 @@ text becomes that token, as everywhere else in this field.
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.sources.chat import read_template, render_chat
 from lqec_jax.io.sources.hf import read_json
 from lqec_jax.io.sources.sentencepiece import read_normalizer
 
@@ -92,10 +89,16 @@ class Tokenizer:
         """Returns the ids of one text; with `bos`, the BOS id first.
 
         Raises:
-          InputError: `bos` is asked of a tokenizer that has none.
+          InputError: `bos` is asked of a tokenizer that has none; the text is no Unicode.
         """
         if bos and self.bos_id is None:
             raise InputError(f"{self.folder}: its tokenizer has no BOS token; encode without bos")
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:  # of a terminal, of a template; no tokenizer takes it
+            raise InputError(
+                f"the text holds half a surrogate pair at character {err.start}; give UTF-8"
+            ) from err
         return [self.bos_id] * bos + self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -113,8 +116,8 @@ class Tokenizer:
           messages: `{"role": ..., "content": ...}` in order.
           reply: ends with the opening of the assistant's next turn.
         Raises:
-          InputError: the folder has no template; a message lacks role or content; the template is
-            damaged or refuses the conversation.
+          InputError: the folder has no template; a message lacks role or content; whatever
+            `chat.render_chat` refuses.
         """
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -122,16 +125,9 @@ class Tokenizer:
                     f"message {number} is {str(message)[:80]!r}; wanted an object with role and "
                     "content"
                 )
-        template = _chat_template(self.folder)
         values = {"add_generation_prompt": reply, "tools": None, "documents": None}
-        try:
-            compiled = _chat_environment().from_string(template)
-            return compiled.render(messages=list(messages), **values, **self.special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as err:
-            raise InputError(
-                f"{self.folder}: its chat template refused the conversation ({_one_line(err)}); "
-                "change the messages or the template"
-            ) from err
+        values |= {"messages": list(messages)} | self.special_tokens
+        return render_chat(_chat_template(self.folder), values, self.folder)
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -239,45 +235,15 @@ def _special_id(folder: Path, role: str, named: Mapping, vocabulary: Mapping) ->
 def _chat_template(folder: Path) -> str:
     """Returns the template text: a file of its own, or a field of tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_template(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         raw = read_json(folder / name) if (folder / name).is_file() else {}
         template = raw.get("chat_template")
         if isinstance(template, list):
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+            named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+            template = next(named, {}).get("template")
         if isinstance(template, str):
             return template
     raise InputError(
         f"{folder} has no chat template (a base model has none); give the prompt as plain text"
     )
-
-
-class _Generation(Extension):
-    """Renders as its body `{% generation %}`, which marks the assistant's words for training."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _dump(value: Any, indent: int | None = None) -> str:
-    # jinja's own tojson escapes HTML, which no chat model was trained on.
-    return json.dumps(value, indent=indent, ensure_ascii=False)
-
-
-def _chat_environment() -> ImmutableSandboxedEnvironment:
-    """Returns the environment chat templates are written for; sandboxed, they are downloads."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _dump
-    environment.globals["raise_exception"] = _refuse
-    return environment

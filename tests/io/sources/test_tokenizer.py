@@ -214,6 +214,13 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, said):
     assert said in message and str(tmp_path) in message
 
 
+def test_templates_without_a_name_and_text_that_is_none(tmp_path):
+    named = [{"name": ["default"], "template": "no"}, 3, {"name": "default", "template": "yes"}]
+    tokenizer = Tokenizer.load(write_folder(tmp_path, {"chat_template": named}))
+    assert tokenizer.chat([{"role": "user", "content": "a"}]) == "yes"
+    assert "half a surrogate pair at character 2" in refusal(tokenizer.encode, "a \ud800")
+
+
 def test_no_template_or_no_role(tmp_path):
     tokenizer = Tokenizer.load(write_folder(tmp_path))
     messages = [{"role": "user", "content": "a"}]
