@@ -82,7 +82,7 @@ def test_a_template_without_measure_is_ended(template, said):
     "template",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60) }}",
         "{% for i in [[1] * 99] * 99 recursive %}{{ loop(i) if i is iterable }}{% endfor %}",
     ],
 )
@@ -106,9 +106,7 @@ def test_what_takes_no_steps_takes_time(monkeypatch, template):
 
 def test_a_template_cannot_reach_its_counter(monkeypatch):
     monkeypatch.setattr(chat, "STEPS", 3)
-    template = (
-        "{% set environment = 1 %}{% set count_step = 2 %}{% for i in range(N) %}x{% endfor %}"
-    )
+    template = "{% set environment = 1 %}{% set step = 2 %}{% for i in range(N) %}x{% endfor %}"
     assert render(template, N=3) == "xxx"
     assert "more than 3 steps" in refusal(render, template, N=4)
 
