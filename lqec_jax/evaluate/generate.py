@@ -38,8 +38,9 @@ def generate(
 
     Args:
       model: dense or compressed, with a tokenizer.
-      prompt: text, before which a BOS is put if the tokenizer has one; or a conversation, messages
-        `{"role": ..., "content": ...}`, which the tokenizer's chat template renders.
+      prompt: text, before which a BOS is put if the tokenizer has one and the text does not begin
+        with it; or a conversation, messages `{"role": ..., "content": ...}`, which the tokenizer's
+        chat template renders.
       temperature: 0 always takes the likeliest token; 1 samples as the model says.
       top_p: sample only from the likeliest tokens that reach this probability together.
       seed: the same seed gives the same text.
@@ -202,6 +203,14 @@ def read_prompt(model: Model, prompt: Prompt) -> list[int]:
     if not ids:
         raise InputError("generate: the prompt is empty; give some text to continue")
     return ids
+
+
+def brings_bos(model: Model, prompt: Prompt) -> bool:
+    """Says whether a text begins with the BOS that would otherwise be put before it."""
+    own = model.tokenizer.bos_id if model.tokenizer is not None else None
+    if own is None or not isinstance(prompt, str):
+        return False
+    return model.tokenizer.encode(prompt)[:1] == [own]
 
 
 def end_tokens(model: Model) -> frozenset[int]:

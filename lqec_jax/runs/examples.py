@@ -92,6 +92,10 @@ class TuningJob:
             words += "their end"
         if facts["dropped_rows"]:
             words += f"; {facts['dropped_rows']} rows had nothing to learn and are left out"
+        if facts["own_ends_rows"]:
+            words += (
+                f"; {facts['own_ends_rows']} rows bring their own BOS or EOS, none gets a second"
+            )
         return words
 
 
@@ -144,6 +148,7 @@ def prepare_tuning(
         "learned_tokens": int(examples.learned.sum()),
         "cut_rows": examples.cut,
         "dropped_rows": examples.dropped,
+        "own_ends_rows": examples.own_ends + (held.own_ends if rows.val is not None else 0),
         "seqlen": rows.seqlen,
     }
     return TuningJob(model, step, tokens, learned, len(examples.tokens), seed, facts)

@@ -14,6 +14,7 @@ import lqec_jax as lqec
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import generate as module
 from lqec_jax.evaluate.generate import (
+    brings_bos,
     choose,
     end_tokens,
     generate,
@@ -221,7 +222,10 @@ def test_a_character_of_several_tokens_comes_whole():
 
 
 def test_a_prompt_gets_its_bos_and_a_conversation_its_template(model):
-    assert read_prompt(model, "w5 w6") == [0, 5, 6]
+    assert read_prompt(model, "w5 w6") == read_prompt(model, "w0 w5 w6") == [0, 5, 6]
+    assert brings_bos(model, "w0 w5") and not brings_bos(model, "w5 w0")
+    assert not brings_bos(model, [{"role": "user", "content": "w0"}])
+    assert not brings_bos(dataclasses.replace(model, tokenizer=None), "w0")
     assert read_prompt(model, [{"role": "user", "content": "w5"}]) == [2, 63, 5, 3]
 
 

@@ -8,6 +8,7 @@ text becomes that token, as everywhere else in this field.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Returns the ids of one text; with `bos`, the BOS id first.
+        """Returns the ids of one text; with `bos`, the BOS id first, once, the text's own or not.
 
         Raises:
           InputError: `bos` is asked of a tokenizer that has none; the text is no Unicode.
@@ -99,7 +100,8 @@ class Tokenizer:
             raise InputError(
                 f"the text holds half a surrogate pair at character {err.start}; give UTF-8"
             ) from err
-        return [self.bos_id] * bos + self._encode(text)
+        ids = self._encode(text)
+        return [self.bos_id, *dropwhile(self.bos_id.__eq__, ids)] if bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`, special tokens left out."""

@@ -55,6 +55,9 @@ def test_no_special_token_is_added_unasked(tmp_path):
     assert tokenizer.encode("a b z") == [3, 4, 0]
     assert tokenizer.encode("a b", bos=True) == [1, 3, 4]
     assert tokenizer.encode("") == [] and tokenizer.encode("", bos=True) == [1]
+    # A text that brings its own gets no second.
+    assert tokenizer.encode("<s> a <s>") == [1, 3, 1]
+    assert tokenizer.encode("<s><s> a <s>", bos=True) == [1, 3, 1]
     assert tokenizer.decode([1, 3, 4, 2]) == "ab"
     assert tokenizer.vocab_size == 6
 
