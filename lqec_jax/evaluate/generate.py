@@ -17,6 +17,7 @@ from lqec_jax.core.arguments import check_int, check_number
 from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
+from lqec_jax.models.raw_config import Section
 from lqec_jax.models.stepping import step_fns
 
 SHORTEST = 16  # tokens; lengths are rounded up to this times a power of two, one compilation each
@@ -214,11 +215,13 @@ def brings_bos(model: Model, prompt: Prompt) -> bool:
 
 
 def end_tokens(model: Model) -> frozenset[int]:
-    """Returns the ids that end a text: the tokenizer's, and all that config.json names."""
-    named = model.raw_config.get("eos_token_id")
-    named = set(named if isinstance(named, list) else [named])
-    own = model.tokenizer.eos_id if model.tokenizer is not None else None
-    return frozenset(id for id in named | {own} if id is not None)
+    """Returns the ids that end a text: all that the model's files name.
+
+    The tokenizer's own, config.json's and generation_config.json's; an instruct model ends its turn
+    by one token and a text by another.
+    """
+    named = Section(model.raw_config).ids("eos_token_id")
+    return named if model.tokenizer is None else named | model.tokenizer.end_ids
 
 
 def round_up(length: int, limit: int) -> int:

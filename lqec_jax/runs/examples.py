@@ -25,6 +25,7 @@ from lqec_jax.core.types import Params, Step
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
 from lqec_jax.io.artifact.artifact import name_arrays
+from lqec_jax.io.carried import find_carried
 from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
@@ -117,6 +118,7 @@ def prepare_tuning(
         )
     if model.tokenizer is None:
         raise InputError("finetune: the model has no tokenizer; put its files beside the weights")
+    find_carried(model.tokenizer, model.folder)  # refuses a link, before any training
     for name in settings:
         if name not in SETTINGS:
             near = did_you_mean(name, SETTINGS)

@@ -15,6 +15,7 @@ from lqec_jax.core.arguments import check_int
 from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import is_artifact
+from lqec_jax.io.carried import find_carried
 from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
 from lqec_jax.io.sources.hf import Checkpoint, check_tensors, check_values, read_block, read_outer
 from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
@@ -96,6 +97,7 @@ def prepare(
     check_int("compress", "windows", windows, 1)
     compute = model.dtype if isinstance(model, Model) else resolve_dtype(dtype)
     source, raw_config, tokenizer, folder = _open(model)
+    find_carried(tokenizer, folder)  # refuses a link now, and not when the artifact is written
     text = read_text(source.config, tokenizer, calib, eval, seqlen, windows, val_ratio)
     leaves = preview(model_fns(source.config), _linear_shapes(source.config), recipe)
     return Job(source, recipe, text, seed, compute, leaves, windows, raw_config,

@@ -191,6 +191,10 @@ def test_a_text_ends_at_the_models_end_token(model):
     ending = dataclasses.replace(model, raw_config=raw)
     assert end_tokens(ending) == {62, int(end[1:])}
     assert generate(ending, "w5 w6", max_new_tokens=12).split() == words[: words.index(end)]
+    # Or by one that generation_config.json alone names, which the tokenizer has read.
+    named = dataclasses.replace(model.tokenizer, end_ids=frozenset({int(end[1:])}))
+    ending = dataclasses.replace(model, tokenizer=named)
+    assert generate(ending, "w5 w6", max_new_tokens=12).split() == words[: words.index(end)]
 
 
 def test_the_context_is_filled_and_not_passed(model):

@@ -18,7 +18,9 @@ from lqec_jax.errors import InputError, MissingExtra
 from lqec_jax.io.sources.chat import read_template, render_chat
 from lqec_jax.io.sources.hf import read_json
 from lqec_jax.io.sources.sentencepiece import read_normalizer
+from lqec_jax.models.raw_config import Section
 
+GENERATION = "generation_config.json"
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,6 +32,7 @@ FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    GENERATION,
 )
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -46,8 +49,10 @@ class _Backend(NamedTuple):
 class Tokenizer:
     """A tokenizer and what the folder says about its special tokens.
 
-    `bos_id` and `eos_id` are None where the tokenizer has none. `vocab_size` is the number of ids:
-    the largest id, added tokens included, plus one; the model's own table may be longer.
+    `bos_id` and `eos_id` are None where the tokenizer has none. `end_ids` are all that the folder
+    names as ending a text: the tokenizer's, config.json's and generation_config.json's.
+    `vocab_size` is the number of ids: the largest id, added tokens included, plus one; the model's
+    own table may be longer.
 
     Example:
       >>> tokenizer = Tokenizer.load("models/babyllama")
@@ -58,6 +63,7 @@ class Tokenizer:
     folder: Path
     bos_id: int | None
     eos_id: int | None
+    end_ids: frozenset[int]
     vocab_size: int
     special_tokens: dict[str, str] = field(repr=False)  # role, as in bos_token -> its string
     _encode: Callable[[str], list[int]] = field(repr=False)
@@ -76,10 +82,12 @@ class Tokenizer:
         folder = Path(folder)
         backend = _open(folder)
         named = _special_tokens(folder)
+        eos_id = _special_id(folder, "eos_token", named, backend.vocabulary)
         return cls(
             folder=folder,
             bos_id=_special_id(folder, "bos_token", named, backend.vocabulary),
-            eos_id=_special_id(folder, "eos_token", named, backend.vocabulary),
+            eos_id=eos_id,
+            end_ids=_end_ids(folder) | ({eos_id} - {None}),
             vocab_size=max(backend.vocabulary.values(), default=-1) + 1,
             special_tokens={role: token for role, token in named.items() if token is not None},
             _encode=backend.encode,
@@ -108,7 +116,7 @@ class Tokenizer:
         return self._decode([int(i) for i in ids])
 
     def files(self) -> list[Path]:
-        """Returns the tokenizer's files in the folder, the ones an artifact needs a copy of."""
+        """Returns what is beside the weights in the folder, the files an artifact has a copy of."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> str:
@@ -228,10 +236,18 @@ def _special_id(folder: Path, role: str, named: Mapping, vocabulary: Mapping) ->
                 "tokenizer_config.json"
             )
         return None if token is None else vocabulary[token]
-    config = folder / "config.json"
-    value = read_json(config).get(f"{role}_id") if config.is_file() else None
+    value = _read_section(folder / "config.json").values.get(f"{role}_id")
     first = value[0] if isinstance(value, list) and value else value
-    return first if type(first) is int else None
+    return first if type(first) is int and 0 <= first < 2**31 else None
+
+
+def _end_ids(folder: Path) -> frozenset[int]:
+    names = ("config.json", GENERATION)
+    return frozenset().union(*(_read_section(folder / name).ids("eos_token_id") for name in names))
+
+
+def _read_section(path: Path) -> Section:
+    return Section(read_json(path) if path.is_file() else {}, file=str(path))
 
 
 def _chat_template(folder: Path) -> str:

@@ -99,6 +99,31 @@ def test_where_bos_and_eos_come_from(tmp_path, tokenizer_config, special_map, co
     assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
 
 
+@pytest.mark.parametrize(
+    ("own", "config", "generation", "ends"),
+    [
+        ({"eos_token": "</s>"}, {"eos_token_id": 4}, {"eos_token_id": [3, 5]}, {2, 3, 4, 5}),
+        ({"eos_token": "</s>"}, None, {"eos_token_id": 5}, {2, 5}),
+        ({"eos_token": None}, {"eos_token_id": [3, 4]}, {"eos_token_id": None}, {3, 4}),
+        (None, {"eos_token_id": -1}, {"max_new_tokens": 3}, set()),
+        (None, None, None, set()),
+    ],
+)
+def test_all_files_say_what_ends_a_text(tmp_path, own, config, generation, ends):
+    folder = write_folder(tmp_path, own, config=config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert Tokenizer.load(folder).end_ids == ends
+
+
+@pytest.mark.parametrize("value", ["2", True, [1, [2]], {"a": 1}, 2.0, 2**31])
+def test_ends_that_are_no_ids_are_refused_by_name(tmp_path, value):
+    for name in ("config.json", "generation_config.json"):
+        folder = write_folder(tmp_path / name)
+        (folder / name).write_text(json.dumps({"eos_token_id": value}))
+        assert f"{folder / name}: eos_token_id is" in refusal(Tokenizer.load, folder)
+
+
 def test_bos_that_is_not_there(tmp_path):
     message = refusal(Tokenizer.load(write_folder(tmp_path)).encode, "a", bos=True)
     assert "has no BOS" in message
