@@ -218,6 +218,7 @@ def compress(
         report = build_report(run.state, recipe=str(job.recipe), seed=seed,
                               dtype=np.dtype(job.dtype).name,
                               base=describe_base(job.folder))  # fmt: skip
+        report |= {"notes": list(job.text.notes)} if job.text.notes else {}
         small = Model(job.source.config, params, job.raw_config, job.tokenizer, str(job.recipe),
                       report, job.source.fingerprint, job.folder, job.dtype)  # fmt: skip
         if out is not None:

@@ -57,6 +57,10 @@ MIRRORS = {
     ),
     "lqec_jax/models/layers.py": ("tests/models/test_llama_logits.py", "parts of a decoder"),
     "lqec_jax/models/decoder.py": ("tests/models/test_llama_logits.py", "equals the original"),
+    "lqec_jax/io/sources/chat_worker.py": (
+        "tests/io/sources/test_chat.py",
+        "the process that chat.py starts, run there",
+    ),
     "lqec_jax/analysis/__init__.py": ("tests/analysis/test_ranks.py", "a docstring"),
     "lqec_jax/planning/__init__.py": ("tests/planning/test_plan.py", "a docstring"),
     "lqec_jax/planning/machines.py": ("tests/planning/test_plan.py", "figures of the makers"),

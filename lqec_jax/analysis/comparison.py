@@ -111,11 +111,14 @@ def compare(
     saved = _open(folder, resume=resume)
     make = {"seqlen": seqlen, "windows": windows, "val_ratio": val_ratio, "dtype": dtype}
     job = prepare(model, entries[0].recipe, calib, seed=entries[0].seed, **make)
-    held_out = read_held_out(job, text, seqlen, text_windows, protocol)
+    notes = list(job.text.notes)
+    held_out = read_held_out(job, text, seqlen, text_windows, protocol, notes.append)
     _check_entries(job, entries)
     board = _Board.begin(folder, saved, job, held_out, f"{_name(text, protocol)}/{seqlen}")
     scorer = Scorer(model, held_out, _name(text, protocol), dtype)
     reporter = reporter or Silent()
+    for line in notes:
+        reporter.say(line)
     if not board.has(TEACHER, None):
         board.add(_measure_teacher(scorer, reporter))
     for number, entry in enumerate(entries, start=1):
@@ -201,13 +204,16 @@ def _check_entries(job: Job, entries: Sequence[Entry]) -> None:
         preview(model_fns(job.source.config), shapes, recipe)
 
 
-def read_held_out(job: Job, text: Any, seqlen: int, windows: int | None, protocol: str):
+def read_held_out(
+    job: Job, text: Any, seqlen: int, windows: int | None, protocol: str, note: Any = None
+) -> np.ndarray:
     """Returns what rows are scored on, int32 [n, seqlen]."""
     if windows is not None:
         check_int("compare", "text_windows", windows, 1)
     if isinstance(text, str | Path):
         limit = None if windows is None else windows * seqlen
-        text = load_tokens(text, job.tokenizer, protocol, seqlen=seqlen, limit=limit)
+        options = {"seqlen": seqlen, "limit": limit, "note": note}
+        text = load_tokens(text, job.tokenizer, protocol, **options)
     return make_windows(job.source.config, text, seqlen, windows)
 
 

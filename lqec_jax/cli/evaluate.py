@@ -41,16 +41,16 @@ def evaluate(
     from lqec_jax.evaluate.report import make_finite
     from lqec_jax.runs.job import read_windows
 
-    row = {"model": model, "text": text, "against": against}
+    row, notes = {"model": model, "text": text, "against": against}, []
     with reporting(quiet) as reporter:
         student = api.load(model, dtype)
-        tokens, protocol = read_windows(student, text, seqlen, windows, protocol)
+        tokens, protocol = read_windows(student, text, seqlen, windows, protocol, notes.append)
         options = {"protocol": protocol, "reporter": reporter}
         if against is not None:
             distance = api.divergence(student, api.load(against, dtype), tokens, seqlen, **options)
             row |= {"kl": distance.kl, "top1": distance.top1}
         row |= vars(api.perplexity(student, tokens, seqlen, **options))
-    row = make_finite(row | _circumstances(student))
+    row = make_finite(row | _circumstances(student) | ({"notes": notes} if notes else {}))
     if json is not None:
         write_json(json, row)
     if json != STDOUT:
@@ -80,3 +80,5 @@ def _print_score(row: Mapping[str, Any]) -> None:
             f"against {row['against']}: KL {format_number(row['kl'], 6)} nats per token, the same "
             f"first choice at {format_number(row['top1'])} of the tokens"
         )
+    for note in row.get("notes", ()):
+        print_line(note)

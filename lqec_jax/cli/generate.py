@@ -39,13 +39,15 @@ def generate(
 
     check_json(json)
     from lqec_jax import api
-    from lqec_jax.evaluate.generate import stream_text
+    from lqec_jax.evaluate.generate import brings_bos, stream_text
 
     writer = api.repack(api.load(model, dtype))
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                "seed": seed}  # fmt: skip
     said = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = stream_text(writer, said, **options)
+    if brings_bos(writer, said):
+        print("the prompt brings its own BOS; it gets no second", file=sys.stderr)
     text = "".join(pieces) if json == STDOUT else _print_stream(pieces)
     if json is not None:
         row = {"model": model, "recipe": writer.recipe, "prompt": prompt, "chat": chat}

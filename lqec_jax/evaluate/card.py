@@ -1,13 +1,15 @@
 """README.md of an artifact: a model card, with the front matter that Hugging Face reads.
 
 Only what is known is said: the base model where it came from the hub, a license where the base
-model's own card names one. The card is made from the report alone, as the page is.
+model's own card names one. The card is made from the report alone, as the page is. Names in it may
+be strangers': what Markdown or HTML would read as its own is written so that it is only shown.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lqec_jax.evaluate.page import find_methods, tabulate_stages
 
@@ -67,18 +69,35 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     name = base.get("name")
     yield f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
     size = f" at {bits:.2f} bits per weight" if bits is not None else ""
-    yield f"\n# {name or 'A model'}{size}"
-    origin = f"[{base['hub_id']}](https://huggingface.co/{base['hub_id']})" if (
-        "hub_id" in base) else f"`{name}`" if name else "a dense model"  # fmt: skip
+    yield f"\n# {_plain(name) if name else 'A model'}{size}"
+    if "hub_id" in base:
+        origin = f"[{_plain(base['hub_id'])}](https://huggingface.co/{quote(base['hub_id'])})"
+    else:
+        origin = _code(name) if name else "a dense model"
     yield f"\nMade from {origin} with `lqec_jax`, by the recipe\n"
-    yield f"```\n{report.get('recipe', '')}\n```"
+    recipe = str(report.get("recipe", ""))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
+    yield f"{fence}\n{recipe}\n{fence}"
     if "seed" in report:
         yield f"\nand seed {report['seed']}. The recipe is written with all its defaults."
     yield from _results(report)
     yield from _use()
     if report.get("skipped"):
         yield "\n## Left as it was\n"
-        yield from (f"- `{entry['path']}`: {entry['reason']}." for entry in report["skipped"])
+        for entry in report["skipped"]:
+            yield f"- {_code(entry['path'])}: {_plain(entry['reason'])}."
+
+
+def _plain(text: Any) -> str:
+    """Writes a text so that Markdown shows it: no HTML, link, span, cell or line of its own."""
+    one_line = " ".join(str(text).split())
+    return re.sub(r"[<>&`*\[\]\\|]", lambda found: f"&#{ord(found[0])};", one_line)
+
+
+def _code(text: Any) -> str:
+    """Writes a text as code; in a span of backticks no character could be escaped."""
+    shown = _plain(text)
+    return f"`{shown}`" if shown == str(text) else f"<code>{shown}</code>"
 
 
 def _front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,10 +120,11 @@ def _results(report: Mapping[str, Any]) -> Iterator[str]:
         return
     yield "\n## Results"
     for table in tables:
-        yield f"\n| after | perplexity, `{table['protocol']}` | 95% interval |"
+        yield f"\n| after | perplexity, {_code(table['protocol'])} | 95% interval |"
         yield "|---|---|---|"
         for row in table["rows"]:
-            cells = (row["name"].replace("|", "\\|"), row["ppl"], row["interval"])
+            name = " \\| ".join(_plain(step) for step in row["name"].split(" | "))
+            cells = (name, row["ppl"], row["interval"])
             yield f"| {' | '.join(cells)} |"
     yield "\nA protocol says how a text became windows, and their length; `calib-val` is the"
     yield "calibration text's own validation windows. Two protocols cannot be compared."

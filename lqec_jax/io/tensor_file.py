@@ -122,6 +122,16 @@ def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
             yield file.read(min(_CHUNK, length - begin))
 
 
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Says whether two tensors are stored alike: dtype, shape and every byte."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pairs = zip(
+        read_chunks(a.file, a.offset, a.bytes), read_chunks(b.file, b.offset, b.bytes), strict=True
+    )
+    return all(x == y for x, y in pairs)
+
+
 def _read_raw_header(path: Path) -> tuple[int, int, bytes]:
     """Returns the file's size, where its data starts, and the JSON between."""
     size = path.stat().st_size

@@ -61,13 +61,15 @@ class Source:
 class Text:
     """The windows of a run, int32 [n, T] each.
 
-    Stages are measured on `held_out`, or on the validation windows where it is empty.
+    Stages are measured on `held_out`, or on the validation windows where it is empty. `notes` is
+    what is to be said of the texts.
     """
 
     train: np.ndarray
     val: np.ndarray
     held_out: np.ndarray
     protocol: str
+    notes: tuple[str, ...] = ()
 
     @property
     def windows(self) -> np.ndarray:

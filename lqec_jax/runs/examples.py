@@ -26,6 +26,7 @@ from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
 from lqec_jax.io.artifact.artifact import name_arrays
+from lqec_jax.io.carried import find_carried
 from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
@@ -92,6 +93,10 @@ class TuningJob:
             words += "their end"
         if facts["dropped_rows"]:
             words += f"; {facts['dropped_rows']} rows had nothing to learn and are left out"
+        if facts["own_ends_rows"]:
+            words += (
+                f"; {facts['own_ends_rows']} rows bring their own BOS or EOS, none gets a second"
+            )
         return words
 
 
@@ -113,6 +118,7 @@ def prepare_tuning(
         )
     if model.tokenizer is None:
         raise InputError("finetune: the model has no tokenizer; put its files beside the weights")
+    find_carried(model.tokenizer, model.folder)  # refuses a link, before any training
     for name in settings:
         if name not in SETTINGS:
             near = did_you_mean(name, SETTINGS)
@@ -143,6 +149,7 @@ def prepare_tuning(
         "learned_tokens": int(examples.learned.sum()),
         "cut_rows": examples.cut,
         "dropped_rows": examples.dropped,
+        "own_ends_rows": examples.own_ends + (held.own_ends if rows.val is not None else 0),
         "seqlen": rows.seqlen,
     }
     return TuningJob(model, step, tokens, learned, len(examples.tokens), seed, facts)

@@ -1,7 +1,7 @@
 """What a run is given, opened and checked before anything is computed or written."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lqec_jax.core.arguments import check_int
 from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import is_artifact
+from lqec_jax.io.carried import find_carried
 from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
 from lqec_jax.io.sources.hf import Checkpoint, check_tensors, check_values, read_block, read_outer
 from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
@@ -66,10 +67,11 @@ class Job:
     def text_in_words(self) -> str:
         train, val, length = len(self.text.train), len(self.text.val), self.text.train.shape[1]
         short = f"; the text holds no more of the {self.asked} asked for"
-        return (
+        words = (
             f"calibration: {train} windows of {length} tokens, {val} more for validation"
             f"{short if train + val < self.asked else ''}"
         )
+        return "; ".join([words, *self.text.notes])
 
 
 def prepare(
@@ -95,6 +97,7 @@ def prepare(
     check_int("compress", "windows", windows, 1)
     compute = model.dtype if isinstance(model, Model) else resolve_dtype(dtype)
     source, raw_config, tokenizer, folder = _open(model)
+    find_carried(tokenizer, folder)  # refuses a link now, and not when the artifact is written
     text = read_text(source.config, tokenizer, calib, eval, seqlen, windows, val_ratio)
     leaves = preview(model_fns(source.config), _linear_shapes(source.config), recipe)
     return Job(source, recipe, text, seed, compute, leaves, windows, raw_config,
@@ -134,12 +137,14 @@ def read_windows(
     seqlen: int,
     windows: int | None = None,
     protocol: str = "documents",
+    note: Callable[[str], None] | None = None,
 ) -> tuple[np.ndarray, str]:
     """Reads a text to score a model on.
 
     Args:
       windows: the first so many; all of them unless given.
       protocol: how documents become windows, see `calibration.data`.
+      note: is told what is to be said of the text, in one line.
     Returns:
       Windows int32 [n, seqlen], and the protocol, 'tokens' where the text is token ids already.
     """
@@ -147,7 +152,7 @@ def read_windows(
     if windows is not None:
         check_int("eval", "windows", windows, 1)
     limit = None if windows is None else windows * seqlen
-    tokens = load_tokens(text, model.tokenizer, protocol, seqlen=seqlen, limit=limit)
+    tokens = load_tokens(text, model.tokenizer, protocol, seqlen=seqlen, limit=limit, note=note)
     return make_windows(model.config, tokens, seqlen, windows), _protocol(text, protocol)
 
 
@@ -183,12 +188,14 @@ def read_text(
     if calib is None:
         raise InputError("compress: no calibration text; give calib= a path or token ids")
     _check_seqlen(config, seqlen)
-    tokens = _tokens(calib, tokenizer, seqlen, windows * seqlen)
+    notes: list[str] = []
+    tokens = _tokens(calib, tokenizer, seqlen, windows * seqlen, notes)
     train, val = split_windows(make_windows(config, tokens, seqlen, windows), val_ratio)
     if held_out is None:
-        return Text(train, val, val[:0], "calib-val")
-    tokens = _tokens(held_out, tokenizer, seqlen, None)
-    return Text(train, val, make_windows(config, tokens, seqlen), _protocol(held_out, "documents"))
+        return Text(train, val, val[:0], "calib-val", tuple(notes))
+    tokens = _tokens(held_out, tokenizer, seqlen, None, notes)
+    scored = make_windows(config, tokens, seqlen)
+    return Text(train, val, scored, _protocol(held_out, "documents"), tuple(notes))
 
 
 def _protocol(text: Any, protocol: str) -> str:
@@ -197,9 +204,12 @@ def _protocol(text: Any, protocol: str) -> str:
     return protocol if is_text else "tokens"
 
 
-def _tokens(text: Any, tokenizer: Any, seqlen: int, limit: int | None) -> np.ndarray:
+def _tokens(
+    text: Any, tokenizer: Any, seqlen: int, limit: int | None, notes: list[str]
+) -> np.ndarray:
     if isinstance(text, str | Path):
-        return load_tokens(text, tokenizer, "documents", seqlen=seqlen, limit=limit)
+        options = {"seqlen": seqlen, "limit": limit, "note": notes.append}
+        return load_tokens(text, tokenizer, "documents", **options)
     return np.asarray(text)
 
 

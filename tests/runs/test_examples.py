@@ -56,6 +56,21 @@ def test_rows_to_look_at_are_the_last_or_a_files_own(model, tmp_path):
         prepare(model, Rows(write(tmp_path / "one.jsonl", 1)))
 
 
+def test_rows_with_ends_of_their_own_are_counted_and_said(model, tmp_path):
+    ends = replace(model, tokenizer=SimpleNamespace(
+        bos_id=1, eos_id=2, encode=lambda text: [ord(c) % 60 for c in text], files=lambda: []
+    ))  # fmt: skip
+    rows, val = (
+        write(tmp_path / "rows.jsonl", 4, "\x01ab"),
+        write(tmp_path / "val.jsonl", 2, "a\x02"),
+    )
+    job = prepare(ends, Rows(rows))
+    assert job.facts["own_ends_rows"] == 4
+    assert "4 rows bring their own BOS or EOS, none gets a second" in job.data_in_words
+    assert prepare(ends, Rows(rows, val=val)).facts["own_ends_rows"] == 6
+    assert "own BOS" not in prepare(model, Rows(rows)).data_in_words
+
+
 def test_what_decides_the_result_is_in_the_fingerprint(model, tmp_path):
     rows = Rows(write(tmp_path / "rows.jsonl", 4))
     one = prepare(model, rows).fingerprint

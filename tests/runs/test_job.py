@@ -1,7 +1,9 @@
 """What is checked before a run, and what identifies it."""
 
 import dataclasses
+import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,14 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import set_at
 from lqec_jax.errors import InputError
 from lqec_jax.io.tensor_file import read_entry
-from lqec_jax.runs.job import make_windows, open_source, prepare, read_windows, resolve_dtype
+from lqec_jax.runs.job import (
+    make_windows,
+    open_source,
+    prepare,
+    read_text,
+    read_windows,
+    resolve_dtype,
+)
 from tests.golden.tiny_checkpoint import SEQLEN, make_tokens, write_checkpoint, write_tokens
 
 RECIPE = "rtn(bits=2, group_size=16)"
@@ -41,6 +50,22 @@ def test_a_short_text_is_used_and_said(folder):
     prepared = job(folder, windows=50)
     assert len(prepared.text.windows) == 10
     assert "the text holds no more of the 50 asked for" in prepared.text_in_words
+
+
+def test_documents_with_a_bos_of_their_own_are_said(folder, tmp_path):
+    text = tmp_path / "a.jsonl"
+    rows = [{"text": mark + "ab" * 20} for mark in ("\x01", "", "\x01")]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = open_source(folder)[0].config
+
+    def read(bos_id):
+        words = SimpleNamespace(bos_id=bos_id, encode=lambda text: [ord(c) % 60 for c in text])
+        return read_text(config, words, text, text, SEQLEN, 3, 0.5)
+
+    note = f"{text}: 2 of 3 documents bring their own BOS; none gets a second"
+    assert read(1).notes == (note, note) and read(2).notes == ()
+    prepared = dataclasses.replace(job(folder), text=read(1))
+    assert prepared.text_in_words.endswith(f"; {note}; {note}")
 
 
 @pytest.mark.parametrize(

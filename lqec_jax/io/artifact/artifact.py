@@ -5,7 +5,6 @@ with an index where they are large. The folder is written under a temporary name
 """
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.evaluate.card import CARD, render_card
 from lqec_jax.evaluate.page import render_report
 from lqec_jax.io.artifact.leaves import flatten, unflatten
+from lqec_jax.io.carried import copy_carried
 from lqec_jax.io.files import (
     check_writable,
     staged_folder,
@@ -79,8 +79,7 @@ def write_artifact(model: Model, folder: Path) -> None:
     """Writes the files of an artifact into an empty folder."""
     arrays, weights = name_arrays(model.params)
     write_weights(folder, sorted(arrays.items()), made_by="lqec")
-    for path in model.tokenizer.files() if model.tokenizer else []:
-        shutil.copyfile(path, folder / path.name)
+    copy_carried(model, folder)
     write_json(folder / "config.json", model.raw_config)
     write_json(folder / REPORT, model.report)
     write_text(folder / PAGE, render_report(model.report))

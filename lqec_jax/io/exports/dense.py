@@ -4,7 +4,6 @@ Kernels are transposed back to [d_out, d_in]; a compressed weight becomes the on
 stands for, transforms and corrections included.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from lqec_jax.core.tree import get_at, is_compressed
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import write_weights
 from lqec_jax.io.base import each_block
+from lqec_jax.io.carried import copy_carried
 from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.files import write_json
 from lqec_jax.models import families
@@ -109,7 +109,7 @@ def write_config(
     dtype: np.dtype | None,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json as given, but for the dtype and the quantization, and the tokenizer.
+    """Writes config.json as given, but for dtype and quantization, and the files that are carried.
 
     Without a dtype it names the embedding's, in which transformers then computes.
     """
@@ -120,5 +120,4 @@ def write_config(
     if quantization is not None:
         raw["quantization_config"] = quantization
     write_json(folder / "config.json", raw)
-    for path in model.tokenizer.files() if model.tokenizer else []:
-        shutil.copyfile(path, folder / path.name)
+    copy_carried(model, folder)

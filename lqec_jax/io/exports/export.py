@@ -18,6 +18,7 @@ import numpy as np
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.io.artifact.artifact import is_artifact
 from lqec_jax.io.base import drop_corrections, drop_input_grids, has_input_grids, hash_base
+from lqec_jax.io.carried import find_carried
 from lqec_jax.io.files import staged_folder, write_json
 from lqec_jax.io.sources.hf import read_json
 from lqec_jax.io.tensor_file import read_chunks
@@ -91,6 +92,7 @@ def export_model(model: Model, out: str | Path, format: str, **given: Any) -> Ex
         model = replace(model, params=drop_corrections(model.params))
     if os.path.lexists(out):
         raise InputError(f"{out} exists; an export replaces nothing, choose another name")
+    find_carried(model.tokenizer, model.folder)  # refuses a link, before minutes of writing
     exact = has_input_grids(model.params) and (format != "flax" or options.dense)
     if exact:
         model = replace(model, params=drop_input_grids(model.params))

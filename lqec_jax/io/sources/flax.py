@@ -54,8 +54,7 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
     raw = read_json(folder / "config.json")
     files = [folder / MSGPACK]
     if not files[0].is_file():
-        names = read_json(folder / MSGPACK_INDEX).get("weight_map", {})
-        files = sorted({folder / name for name in names.values()})
+        files = [folder / name for name in _read_shards(folder / MSGPACK_INDEX)]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         raise InputError(
@@ -63,9 +62,27 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
         )
     flat: dict[str, np.ndarray] = {}
     for path in files:
-        flat |= read_msgpack(path)
+        shard = read_msgpack(path)
+        twice = [n for n in shard if n in flat and not np.array_equal(shard[n], flat[n])]
+        if twice:
+            raise InputError(
+                f"{path}: {twice[0]!r} lies in an earlier shard too, with different values; the "
+                "shards are of two versions, download them again"
+            )
+        flat |= shard
     tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
     return replace(from_flax(raw, flat), tokenizer=tokenizer, folder=folder, dtype=dtype)
+
+
+def _read_shards(path: Path) -> list[str]:
+    """Returns the files that an index names, each once, in order."""
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange or not names:
+        came = f"names {strange[0]!r}" if strange else "names no shard"
+        raise InputError(f"{path} {came}; wanted files in this folder, download the index again")
+    return sorted(set(names))
 
 
 def from_flax(

@@ -16,7 +16,15 @@ import numpy as np
 
 from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.tensor_file import TensorEntry, read_chunks, read_entry, read_header, read_part
+from lqec_jax.io.sources.index import INERT, count, few, read_index, say_unread
+from lqec_jax.io.tensor_file import (
+    TensorEntry,
+    read_chunks,
+    read_entry,
+    read_header,
+    read_part,
+    same_bytes,
+)
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import Cut, Family, StoredTensor
 from lqec_jax.models.parameters import with_constants
@@ -27,7 +35,6 @@ EMBEDDED = Path(__file__).parents[2] / "demo" / "model"  # by the name `demo`, s
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_INERT = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old checkpoints saved
 
 
 def read_json(path: str | Path) -> dict:
@@ -76,14 +83,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Checks config.json, every header and the index; reads no tensor.
+        """Checks config.json, every header and the index; reads no tensor but one that lies twice.
 
+        What is there and is not read, as a `consolidated.safetensors` beside shards, is logged.
         Args:
           folder: a local folder, or a hub id `org/name`, which is fetched when the [hf] extra is
             installed (with HF_HUB_OFFLINE=1 only from the local cache).
         Raises:
           InputError: no such folder; config.json, a shard or the index is missing or damaged (with
-            the byte sizes where a file is cut short); only pickled weights.
+            the byte sizes where a file is cut short); the index and the shards disagree about
+            what there is; only pickled weights.
         """
         folder = find_folder(folder)
         config = read_json(folder / "config.json")
@@ -93,11 +102,12 @@ class Checkpoint:
                 f"{folder} holds both {SINGLE} and {INDEX}, two versions of the weights; "
                 "move the stale one away"
             )
-        if single:
-            return cls(folder, config, read_header(folder / SINGLE))
-        if index:
-            return cls(folder, config, _read_index(folder))
-        raise InputError(_no_weights(folder))
+        if not single and not index:
+            raise InputError(_no_weights(folder))
+        path = folder / INDEX
+        entries = read_index(path, read_json(path)) if index else read_header(folder / SINGLE)
+        say_unread(folder, entries)
+        return cls(folder, config, entries)
 
     def names(self) -> list[str]:
         """Returns the names of the tensors, sorted."""
@@ -134,7 +144,7 @@ class Checkpoint:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
-            raise InputError(f"{self.folder} has no tensor {name!r}; it has {_few(self.names())}")
+            raise InputError(f"{self.folder} has no tensor {name!r}; it has {few(self.names())}")
         return self.entries[name]
 
 
@@ -153,11 +163,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -
     wanted = _expected_tensors(family, config)
     _check_present(checkpoint, wanted)
     allowed = set(wanted) | {_head_name(family, config)}
-    extra = [n for n in checkpoint.names() if n not in allowed and not _INERT.fullmatch(n)]
+    extra = [n for n in checkpoint.names() if n not in allowed and not INERT.fullmatch(n)]
     if extra:
         raise InputError(
-            f"{checkpoint.folder}: {_count(extra)} that a {config.family} of {config.layers} "
-            f"layers does not have: {_few(extra)}; dropping weights would change the model, so "
+            f"{checkpoint.folder}: {count(extra)} that a {config.family} of {config.layers} "
+            f"layers does not have: {few(extra)}; dropping weights would change the model, so "
             "check model_type and num_hidden_layers in config.json"
         )
     for name, stored in wanted.items():
@@ -205,7 +215,7 @@ def read_outer(checkpoint: Checkpoint, family: Family, config: ModelConfig, dtyp
     tensors = family.outer_tensors(config)
     head, embedding = _head_name(family, config), tensors["embed/embedding"].name
     redundant = config.tied_head and head in checkpoint.entries
-    if redundant and not _same_bytes(checkpoint, head, embedding):
+    if redundant and not same_bytes(*(checkpoint.entries[name] for name in (head, embedding))):
         raise InputError(
             f"{checkpoint.folder}: {head!r} differs from {embedding!r}, but config.json says "
             "tie_word_embeddings: true; set it to false to use this head"
@@ -263,16 +273,6 @@ def _count_non_finite(array: np.ndarray) -> int:
     return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + _SCAN]))) for i in starts)
 
 
-def _same_bytes(checkpoint: Checkpoint, left: str, right: str) -> bool:
-    a, b = checkpoint.entries[left], checkpoint.entries[right]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    pairs = zip(
-        read_chunks(a.file, a.offset, a.bytes), read_chunks(b.file, b.offset, b.bytes), strict=True
-    )
-    return all(x == y for x, y in pairs)
-
-
 def _block_tensors(family: Family, config: ModelConfig, layer: int) -> dict[str, StoredTensor]:
     return {
         path: stored._replace(name=stored.name.format(layer=layer))
@@ -297,7 +297,7 @@ def _check_present(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
     missing = [name for name in wanted if name not in checkpoint.entries]
     if missing:
         raise InputError(
-            f"{checkpoint.folder}: {_count(missing)} missing: {_few(missing)}; the files hold "
+            f"{checkpoint.folder}: {count(missing)} missing: {few(missing)}; the files hold "
             f"{len(checkpoint.entries)}; check model_type, num_hidden_layers and "
             "tie_word_embeddings in config.json, or download the rest"
         )
@@ -353,47 +353,7 @@ def _no_weights(folder: Path) -> str:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         return (
-            f"{folder} has {_few(pickled)} but no {SINGLE}; pickled weights are not read, convert "
+            f"{folder} has {few(pickled)} but no {SINGLE}; pickled weights are not read, convert "
             "them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     return f"{folder} has neither {SINGLE} nor {INDEX}; download the weights into it"
-
-
-def _read_index(folder: Path) -> dict[str, TensorEntry]:
-    """Returns the tensors that the index names, each checked to be in its shard."""
-    path = folder / INDEX
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path} has no weight_map {{tensor: file}}; download the index again")
-    shards = {shard for shard in weight_map.values() if _is_shard_name(shard)}
-    strange = [name for name, shard in weight_map.items() if not _is_shard_name(shard)]
-    if strange:
-        raise InputError(
-            f"{path}: the shard of {_few(strange)} is no file name in this folder; repair the index"
-        )
-    lost = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if lost:
-        raise InputError(
-            f"{folder}: {len(lost)} of {len(shards)} shards missing: {_few(lost)}; download them"
-        )
-    headers = {shard: read_header(folder / shard) for shard in sorted(shards)}
-    absent = [name for name, shard in weight_map.items() if name not in headers[shard]]
-    if absent:
-        raise InputError(
-            f"{path} names {_count(absent)} that the shard does not hold: {_few(absent)}; the "
-            "index and the shards are of two versions, download both again"
-        )
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def _is_shard_name(shard: object) -> bool:
-    return isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

@@ -91,8 +91,26 @@ def test_shards_are_joined(wanted, tmp_path):
         index |= {key: name for key, _ in part}
     (folder / MSGPACK_INDEX).write_text(json.dumps({"weight_map": index}))
     assert equal(lqec.load(folder).params, wanted.params)
+    # In two shards: one value, or refused by name.
+    for value, message in ((flat[0][1], None), (flat[0][1] + 1, "different values")):
+        tree = unflatten_dict(dict(part) | {flat[0][0]: value}, sep="/")
+        (folder / name).write_bytes(flax.serialization.to_bytes(tree))
+        if message is None:
+            assert equal(lqec.load(folder).params, wanted.params)
+        else:
+            with pytest.raises(InputError, match=f"{flat[0][0]}' lies in an earlier .*{message}"):
+                lqec.load(folder)
     (folder / name).unlink()
     with pytest.raises(InputError, match="00002-of-00002.msgpack missing"):
+        lqec.load(folder)
+
+
+@pytest.mark.parametrize("shards", [{}, 3, {"a": "../x.msgpack"}, {"a": 3}, {"a": "/x.msgpack"}])
+def test_an_index_names_files_of_its_folder(tmp_path, shards):
+    folder = write_flax(tmp_path / "flax", {})
+    (folder / MSGPACK).unlink()
+    (folder / MSGPACK_INDEX).write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(InputError, match="wanted files in this folder"):
         lqec.load(folder)
 
 
