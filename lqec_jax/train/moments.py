@@ -180,21 +180,22 @@ def _compile_descent(parts: tuple[Part, ...], aug: bool, width: int, looks: int)
             begun = part.begin(begun, jax.random.key(0))
         first, frozen = partition(begun, moves)
 
-        def read(train: Params) -> CompressedLinear:
-            leaf = combine(train, frozen)
+        def read(leaf: CompressedLinear) -> jax.Array:
             for part in parts:
                 leaf = part.read(leaf)
-            return leaf
+            return leaf.dense()
+
+        def lacking(leaf: CompressedLinear) -> tuple[jax.Array, jax.Array]:
+            return moments[0].gram, find_cross(w, read(leaf), moments[0], aug=aug)
 
         def solve(train: Params) -> Params:
             leaf = combine(train, frozen)
-            cross = find_cross(w, read(train).dense(), moments[0], aug=aug)
             for part in parts:
-                leaf = part.solve(leaf, given, moments[0].gram, cross)
+                leaf = part.solve(leaf, given, lacking)
             return partition(leaf, moves)[0]
 
         def loss(train: Params, seen: Inputs) -> jax.Array:
-            return find_loss(w, read(train).dense(), seen, aug=aug)
+            return find_loss(w, read(combine(train, frozen)), seen, aug=aug)
 
         def update(state: tuple, _) -> tuple:
             value, grads = jax.value_and_grad(loss)(state[0], moments[0])

@@ -82,15 +82,15 @@ class Adapters(Part):
         return store_adapters(leaf, jnp.dtype(self.dtype))
 
     def solve(
-        self, leaf: CompressedLinear, given: CompressedLinear, gram: jax.Array, cross: jax.Array
+        self, leaf: CompressedLinear, given: CompressedLinear, lacking: Callable
     ) -> CompressedLinear:
         """Puts a new adapter where it is best beside the base; those that were there only move."""
         if find_adapters(given):
             return leaf
-        (adapter,) = find_adapters(leaf)
+        *others, adapter = leaf.corrections
+        gram, cross = lacking(dataclasses.replace(leaf, corrections=tuple(others)))
         best = LowRank(*regress(gram, cross, adapter.rank))
-        corrections = tuple(best if c is adapter else c for c in leaf.corrections)
-        return dataclasses.replace(leaf, corrections=corrections)
+        return dataclasses.replace(leaf, corrections=(*others, best))
 
     def optimizers(self, width: int, updates: int) -> dict[str, optax.GradientTransformation]:
         """Returns Adam on (A, B), said in terms of a = A and b = (alpha/rank) B.

@@ -9,6 +9,7 @@
 A training names several; each is a frozen record of settings, equal by value, and holds no array.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -70,15 +71,14 @@ class Part:
         return self.keep(leaf, given)
 
     def solve(
-        self, leaf: CompressedLinear, given: CompressedLinear, gram: jax.Array, cross: jax.Array
+        self, leaf: CompressedLinear, given: CompressedLinear, lacking: Callable
     ) -> CompressedLinear:
-        """Returns a weight with what has its best in closed form put there, on moments.
+        """Returns a weight in training with what has its best in closed form put there.
 
         Args:
-          leaf: in training.
           given: the weight before `begin`.
-          gram, cross: E[x̂ᵀ x̂] and E[x̂ᵀ e] of what is read now, as `core.closed_form.regress` has
-            them.
+          lacking: a weight in training -> (E[x̂ᵀ x̂], E[x̂ᵀ e]) of what its output lacks, as
+            `core.closed_form.regress` takes them.
         """
         return leaf
 
