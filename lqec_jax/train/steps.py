@@ -141,7 +141,7 @@ def make_training(
       loss: `losses.ModelLoss`, `answers.Answer`, `answers.LinearAnswer` or `moments.Moments`.
       scope: 'model', or 'block' for those of a block and of its weights.
       schedule: how long, and how often it looks at the validation windows.
-      arguments: as the step prints them; part of a run's fingerprint.
+      arguments: as the step prints them, part of a run's fingerprint; None prints all of this.
       objective_name: what it lowers, in words.
       leave_out: paths of linears that stay as they are.
       keys: a key -> (of new numbers, of the windows' order).
@@ -160,8 +160,10 @@ def make_training(
     if isinstance(loss, Moments):
         run = train_weights
     scratch = getattr(loss, "scratch_bytes", lambda vocab: 0)
+    if arguments is None:
+        arguments = {"parts": parts, "loss": loss, "schedule": schedule}
     return TrainingStep(
-        name, scope, partial(run, training), arguments or {}, schedule, training.preview,
+        name, scope, partial(run, training), arguments, schedule, training.preview,
         training.count, left, scratch, objective_name,
     )  # fmt: skip
 

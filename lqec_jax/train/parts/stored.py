@@ -54,6 +54,9 @@ class Unrounded:
         exact = adapter.factors()
         return cls(exact.a, exact.b, Rounding(a.bits, a.group_size, b.group_size))
 
+    def axes(self, axis: int) -> dict[str, int]:
+        return {"a": -2} if axis == -2 else {"b": -1}
+
     def close(self) -> QuantizedLowRank:
         """Returns the adapter in the bits and groups that it is stored in."""
         bits, a_group, b_group = self.rounding
