@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.golden.authors.problems import Linear
+from tests.golden.authors.tiny_llama import TinyLlama
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,9 @@ def linear(golden) -> Linear:
     x = live.copy()
     x[:, dead] = 0
     return Linear(stored["w"].astype(np.float32), live, x, dead, int(stored["seqs"]))
+
+
+@pytest.fixture(scope="session")
+def llama(golden) -> TinyLlama:
+    """The decoder that all trainings were run on."""
+    return TinyLlama(golden("tiny_llama"))
