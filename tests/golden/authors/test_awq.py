@@ -4,10 +4,13 @@ Ours measures an input by its rms where that code takes its mean size, and searc
 weight where that code has one for gate and up and runs the MLP to choose it.
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 
 import lqec_jax
+from lqec_jax.recipe import parse_recipe
 from tests.golden.authors.problems import GROUP
 
 SIZE = f"group_size={GROUP}"
@@ -64,7 +67,11 @@ def round_scaled(w: np.ndarray, bits: int, scales: np.ndarray) -> np.ndarray:
 
 
 def ours(w: np.ndarray, x: np.ndarray, recipe: str):
-    return lqec_jax.quantize(w.astype(np.float32), recipe, x=x.astype(np.float32))
+    return lqec_jax.quantize(w.astype(np.float32), parse(recipe), x=x.astype(np.float32))
+
+
+# One object a recipe: programs are kept by its steps.
+parse = cache(parse_recipe)
 
 
 @pytest.mark.parametrize("bits", [4, 3])

@@ -4,13 +4,14 @@ OpenGVLab/OmniQuant@95fae1b and BaohaoLiao/ApiQ@782adbd have one quantizer, whos
 gradients were bit-equal. `core.clipping` is what both methods here train.
 """
 
+from functools import partial
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lqec_jax.core.clipping import read_clipped, store_clipped
-from lqec_jax.core.group_grid import make_grid
+from lqec_jax.core.group_grid import GroupGrid, make_grid
 from tests.golden.authors.problems import GROUP, codes_of, dequantize
 
 FACTORS = ("init4", "rand", "tight")
@@ -28,10 +29,15 @@ def read(w, upstream, bits: int, clips: dict) -> tuple[np.ndarray, dict, object]
     """Returns what is read of a weight, the gradients of the clips, and what is stored."""
     grid = make_grid("clipping", bits=bits, group_size=GROUP, symmetric="lower" not in clips,
                      scale_dtype="float32")  # fmt: skip
-    clips = {name: jnp.asarray(logits, jnp.float32) for name, logits in clips.items()}
-    w_hat, pull = jax.vjp(lambda c: read_clipped(jnp.asarray(w), c, grid), clips)
-    (gradients,) = pull(jnp.asarray(upstream, jnp.float32))
-    return np.asarray(w_hat), gradients, store_clipped(jnp.asarray(w), clips, grid)
+    clips = {name: logits.astype(np.float32) for name, logits in clips.items()}
+    w_hat, gradients, base = compiled(w, upstream.astype(np.float32), clips, grid)
+    return np.asarray(w_hat), gradients, base
+
+
+@partial(jax.jit, static_argnames="grid")
+def compiled(w, upstream, clips: dict, grid: GroupGrid) -> tuple:
+    w_hat, pull = jax.vjp(lambda c: read_clipped(w, c, grid), clips)
+    return w_hat, pull(upstream)[0], store_clipped(w, clips, grid)
 
 
 @pytest.mark.parametrize("factors", FACTORS)

@@ -5,6 +5,8 @@ first value, a weight in steps of its first grid. So gradients are compared wher
 `core.grids`, and its start where it is one, of the grid.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +32,13 @@ def read(w: jax.Array, scales: jax.Array, zeros: jax.Array, bits: int) -> jax.Ar
 
 def gradients(w, scales, zeros, upstream, bits: int) -> tuple:
     """Returns (ŵ, ∂/∂w, ∂/∂scales, ∂/∂zeros)."""
-    w_hat, pull = jax.vjp(
-        lambda *numbers: read(*numbers, bits), *(jnp.asarray(a) for a in (w, scales, zeros))
-    )
-    return tuple(np.asarray(a) for a in (w_hat, *pull(jnp.asarray(upstream, jnp.float32))))
+    return jax.device_get(compiled(w, scales, zeros, upstream, bits))
+
+
+@partial(jax.jit, static_argnames="bits")
+def compiled(w, scales, zeros, upstream, bits: int) -> tuple:
+    w_hat, pull = jax.vjp(lambda *numbers: read(*numbers, bits), w, scales, zeros)
+    return w_hat, *pull(upstream)
 
 
 @pytest.mark.parametrize(("bits", "start"), CASES)

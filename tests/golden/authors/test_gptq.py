@@ -4,6 +4,8 @@ Where we do as that code does, codes are equal. A dead row of w is zero there be
 rounded; so it is in what is given to ours for those comparisons.
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -37,16 +39,34 @@ def stored(golden):
     return golden("gptq")
 
 
+@pytest.fixture(scope="module")
+def alike(linear):
+    """Returns what a key's recipe makes of the weight with a dead row of zeros, as theirs begins:
+    no range is searched, and the damping is theirs."""
+    more = f", clip_search=False, scale_dtype='float32', damp={linear.damping()}"
+
+    @cache
+    def quantize(recipe: str):
+        return lqec_jax.quantize(linear.silenced(), recipe, x=linear.x)
+
+    return lambda key: quantize(write(key, more))
+
+
+@pytest.fixture(scope="module")
+def error_by_default(linear):
+    @cache
+    def error(recipe: str) -> float:
+        return linear.error(dense(recipe, linear.w, linear.x))
+
+    return lambda key: error(write(key))
+
+
 def write(key: str, more: str = "") -> str:
     """Returns the recipe that a key of the file stands for."""
     bits, kind, order, _, _ = key.split("_")
     return (
         f"gptq(bits={bits[1:]}, group_size={GROUP}, {KINDS[kind]}act_order={order == 'act'}{more})"
     )
-
-
-def same_settings(linear) -> str:
-    return f", clip_search=False, scale_dtype='float32', damp={linear.damping()}"
 
 
 def test_the_gram_is_theirs(linear, stored):
@@ -59,9 +79,9 @@ def test_the_gram_is_theirs(linear, stored):
     [f"w{bits}_asym_noact_dyn_bs32" for bits in (2, 3, 4)]
     + [f"w{bits}_asym_act_static_bs128" for bits in (2, 3, 4)],
 )
-def test_codes_are_theirs_where_grids_are_fitted_alike(linear, stored, key):
+def test_codes_are_theirs_where_grids_are_fitted_alike(alike, stored, key):
     # Their blocks of 32 inputs are groups that have received all errors before they are fitted.
-    leaf = lqec_jax.quantize(linear.silenced(), write(key, same_settings(linear)), x=linear.x)
+    leaf = alike(key)
     same = (codes_of(leaf.base) == stored[f"{key}.codes"]).all(axis=0)
     # Outputs are swept apart; on another processor a code of one may lie on the other side.
     assert np.sum(~same) <= 1
@@ -69,13 +89,13 @@ def test_codes_are_theirs_where_grids_are_fitted_alike(linear, stored, key):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_symmetric_codes_are_theirs_but_behind_a_tie(linear, stored, bits):
+def test_symmetric_codes_are_theirs_but_behind_a_tie(linear, alike, stored, bits):
     """The largest weight of a symmetric group lies half way between two codes.
 
     Round-off decides which it gets, and its output's later codes follow from that.
     """
     key = f"w{bits}_sym_act_static_bs128"
-    leaf = lqec_jax.quantize(linear.silenced(), write(key, same_settings(linear)), x=linear.x)
+    leaf = alike(key)
     order, codes = stored["perm"], codes_of(leaf.base).astype(int)
     differ = codes != stored[f"{key}.codes"]
     assert differ.any(axis=0).sum() <= 1
@@ -88,21 +108,21 @@ def test_symmetric_codes_are_theirs_but_behind_a_tie(linear, stored, bits):
 
 
 @pytest.mark.parametrize("key", LATE)
-def test_grids_that_are_fitted_late_differ_by_so_much(linear, stored, key):
-    came = dense(write(key, same_settings(linear)), linear.silenced(), linear.x)
-    assert linear.error(came) / stored[f"{key}.err"] == pytest.approx(LATE[key], rel=0.01)
+def test_grids_that_are_fitted_late_differ_by_so_much(linear, alike, stored, key):
+    assert linear.error(alike(key).dense()) / stored[f"{key}.err"] == pytest.approx(
+        LATE[key], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("key", DEFAULT)
-def test_our_default_leaves_less(linear, stored, key):
+def test_our_default_leaves_less(error_by_default, stored, key):
     """The range search, which that code has and does not use, is most of it.
 
     One setting of ours is worse: at 3 bits their dynamic groups of a permuted order, runs of 32 in
     that order, have less error than any grid of adjacent inputs; they cost an index that we do not
     store.
     """
-    came = linear.error(dense(write(key), linear.w, linear.x))
-    assert came / stored[f"{key}.err"] == pytest.approx(DEFAULT[key], rel=0.01)
+    assert error_by_default(key) / stored[f"{key}.err"] == pytest.approx(DEFAULT[key], rel=0.01)
 
 
 def test_what_is_stored_is_what_their_errors_are_of(linear, stored):

@@ -1,7 +1,6 @@
 """RILQ against aiha-lab/RILQ@42e2be2 main.py, run whole on a tiny decoder: loss, gradient, updates.
 
-Their adapter is alpha/rank · x A B, ours x a b with b = alpha/rank · B: a gradient of b is theirs of
-B over that factor.
+Their adapter is alpha/rank · x A B, ours x a b with b = alpha/rank · B; here A and B are trained.
 """
 
 import jax
@@ -33,8 +32,8 @@ def loss(llama):
 
     def loss(params, batch) -> tuple:
         student = add_adapters(params["student"], params["adapters"])
-        return losses.rilq_terms(llama.fns, batch["teacher"], student, batch["tokens"],
-                                 model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+        weights = {"model_weight": 0.5, "token_weight": 0.5, "target": "post_norm"}
+        return losses.rilq_terms(llama.fns, batch["teacher"], student, batch["tokens"], **weights)
 
     return loss
 

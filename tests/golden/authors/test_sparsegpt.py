@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lqec_jax
+from lqec_jax.sparsifiers import sparsegpt
 from tests.golden.authors.problems import dense, distance, read_mask
 
 JOINT = "24_w4_bs128"
@@ -15,7 +16,8 @@ ONE_GRID = "sparsity='2:4', bits=4, group_size=None"
 # What ours leaves of tr(Δᵀ H Δ), in units of what the authors' code leaves, pruning and rounding to
 # 4 bits at once. Their one grid an output is that of the weights before; ours is fitted to what
 # pruning alone would make of them, whose range is wider. On this weight that is worse, with the
-# search too, and better only with grids that cost more bits.
+# search too, and better only with grids that cost more bits; on six random weights the two were
+# within 3 % of each other on average.
 JOINTLY = {
     f"sparsegpt({ONE_GRID}, clip_search=False)": 1.146,
     f"sparsegpt({ONE_GRID})": 1.297,
@@ -67,6 +69,23 @@ def test_a_dead_row_makes_no_difference_to_the_error(linear, stored):
 def test_pruning_and_rounding_at_once_differs_by_so_much(linear, stored, recipe):
     ratio = linear.error(dense(recipe, linear.w, linear.x)) / stored[f"{JOINT}.err"]
     assert ratio == pytest.approx(JOINTLY[recipe], rel=0.01)
+
+
+def test_with_their_grid_pruning_and_rounding_at_once_is_theirs(linear, stored, monkeypatch):
+    """So what the grid is fitted to is all the difference."""
+
+    def fit_before(sweep, w, lower, sizes, known):
+        scales, zeros = sweep.grid.fit(w[None])
+        return known._replace(scales=scales[0], zeros=zeros[0])
+
+    monkeypatch.setattr(sparsegpt._Sweep, "fit", fit_before)
+    recipe = (
+        f"sparsegpt({ONE_GRID}, clip_search=False, scale_dtype='float32', damp={linear.damping()})"
+    )
+    came, theirs = dense(recipe, linear.silenced(), linear.x), stored[f"{JOINT}.w"]
+    differ = (np.abs(came - theirs) > 1e-4).any(axis=0)
+    assert np.sum(differ) <= 1  # half way between two codes, on another processor
+    assert distance(came[:, ~differ], theirs[:, ~differ]) < 1e-4
 
 
 def test_what_is_stored_is_what_their_errors_are_of(linear, stored):

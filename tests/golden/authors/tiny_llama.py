@@ -53,22 +53,30 @@ class TinyLlama:
 
     @cached_property
     def teacher(self) -> Params:
-        """Returns the model of whole weights."""
+        """Returns the model of whole weights, whoever asks for it first."""
+        with jax.ensure_compile_time_eval():
+            return self._read_teacher()
+
+    @cached_property
+    def student(self) -> Params:
+        """Returns the model of packed weights, without adapters."""
+        with jax.ensure_compile_time_eval():
+            return jax.jit(self._pack)(self.teacher)
+
+    def _read_teacher(self) -> Params:
         outer = self._read_tree(FAMILY.outer_tensors(self.config))
         blocks = [
             self._read_tree(FAMILY.block_tensors(self.config), layer=n) for n in range(LAYERS)
         ]
         return {**outer, "blocks": stack_blocks(blocks)}
 
-    @cached_property
-    def student(self) -> Params:
-        """Returns the model of packed weights, without adapters."""
-        blocks = self.teacher["blocks"]
+    def _pack(self, teacher: Params) -> Params:
+        blocks = teacher["blocks"]
         for path, name in LINEARS.items():
             leaves = [CompressedLinear(self._base(layer, name)) for layer in range(LAYERS)]
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
             blocks = (set_at(blocks[0], f"{path}/kernel", stacked),)
-        return {**self.teacher, "blocks": blocks}
+        return {**teacher, "blocks": blocks}
 
     @property
     def adapters(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -87,7 +95,7 @@ class TinyLlama:
         tree: dict = {}
         for path, tensor in tensors.items():
             array = self.stored[tensor.name.format(**layer).removesuffix(".weight")]
-            if path.startswith("head/") and tensor.transposed:  # of the head alone the file has rows
+            if path == "head/kernel":  # the only matrix of linears that the file has [out, in]
                 array = array.T
             tree = set_at(tree, path, jnp.asarray(array, jnp.float32))
         return tree
