@@ -164,15 +164,20 @@ class NextToken:
     Attributes:
       weight: of the mean over a window's tokens; None is `share` for each of them.
       each: divides the weight by a window's tokens, as `Divergence`'s mean divides its own.
+      weighed: a text that says no weights is given equal ones.
     """
 
     weight: float | None = 1.0
     share: float = 0.0
     each: bool = False
+    weighed: bool = False
     name: str = "next_token"
 
     def prepare(self, method: str, problem: ModelProblem) -> dict[str, Callable]:
         weights = problem.windows.weights
+        if weights is None and self.weighed:
+            windows, length = problem.windows.tokens[:, 1:].shape
+            weights = np.full((windows, length), 1 / length, np.float32)
         return {} if weights is None else {"weights": lambda numbers: weights[numbers]}
 
     def weigh(self, length: int) -> float:

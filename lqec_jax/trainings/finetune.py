@@ -124,7 +124,7 @@ def finetune(
     return make_training(
         "finetune",
         [known[name] for name in train.split("+")],
-        ModelLoss((NextToken(),)),
+        ModelLoss((NextToken(weighed=True),)),
         scope="model",
         schedule=Schedule(updates, batch, accumulate, eval_every, patience),
         objective_name="next-token loss",
