@@ -34,8 +34,7 @@ from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.page import TEACHER, render_comparison
 from lqec_jax.evaluate.report import describe_environment, make_finite, reset_peak_rss
 from lqec_jax.io.artifact.artifact import is_artifact
-from lqec_jax.io.files import write_json, write_text
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, write_json, write_text
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe

@@ -9,10 +9,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lqec_jax.evaluate.page import find_methods, tabulate_stages
+from lqec_jax.evaluate.page import PAGE, find_methods, render_report, tabulate_stages
 
 CARD = "README.md"
 CACHED = "models--"  # how the hub's cache begins a folder's name: models--org--name
+
+
+def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what people read of a report, by the name of the file: the page and the card.
+
+    Args:
+      report: as `report.build_report` returns it; any field may be missing.
+    """
+    return {PAGE: render_report(report), CARD: render_card(report)}
 
 
 def describe_base(folder: Path | None) -> dict[str, str]:

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core.arguments import check_int, check_number, check_tokens
 from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import get_at, is_compressed, unstack_blocks
 from lqec_jax.core.types import Params, Step

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens, cut_windows, load_tokens, split_windows
-from lqec_jax.core.arguments import check_int
+from lqec_jax.calibration.data import cut_windows, load_tokens, split_windows
+from lqec_jax.core.arguments import check_int, check_tokens
 from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import is_artifact

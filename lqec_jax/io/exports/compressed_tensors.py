@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config, write_weights
+from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config
 from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.exports.integer_weights import as_words, is_packed, read_affine, read_scales
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
 

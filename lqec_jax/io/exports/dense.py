@@ -14,10 +14,10 @@ import numpy as np
 
 from lqec_jax.core.tree import get_at, is_compressed
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact.artifact import write_weights
 from lqec_jax.io.base import each_block
 from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.files import write_json
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models import families
 from lqec_jax.models.families import StoredTensor
 from lqec_jax.models.model import Model

@@ -18,8 +18,7 @@ import numpy as np
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.io.artifact.artifact import is_artifact
 from lqec_jax.io.base import drop_corrections, drop_input_grids, has_input_grids, hash_base
-from lqec_jax.io.files import staged_folder, write_json
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, staged_folder, write_json
 from lqec_jax.io.tensor_file import read_chunks
 from lqec_jax.models.model import Model
 

@@ -21,10 +21,11 @@ from lqec_jax.core.tree import is_compressed
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.leaves import flatten, unflatten
-from lqec_jax.io.exports.dense import cast, to_dense, write_config, write_weights
+from lqec_jax.io.exports.dense import cast, to_dense, write_config
 from lqec_jax.io.exports.export import ExportOptions, read_record
-from lqec_jax.io.files import write_json
-from lqec_jax.io.sources.hf import Checkpoint, read_json
+from lqec_jax.io.files import read_json, write_json
+from lqec_jax.io.sources.hf import Checkpoint
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models import families
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.flax_module import Decoder

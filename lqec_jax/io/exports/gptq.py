@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config, write_weights
+from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config
 from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.exports.integer_weights import (
     as_words,
@@ -21,6 +21,7 @@ from lqec_jax.io.exports.integer_weights import (
     read_zeros,
 )
 from lqec_jax.io.files import write_json
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
 

@@ -18,8 +18,9 @@ import numpy as np
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import INDEX, SINGLE, read_json
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.io.tensor_file import INDEX, SINGLE
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import StoredTensor

@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.sentencepiece import read_normalizer
 
 FILES = (

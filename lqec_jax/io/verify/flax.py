@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import Checkpoint, read_json
+from lqec_jax.io.files import read_json
+from lqec_jax.io.sources.hf import Checkpoint
 from lqec_jax.io.verify import operators
 
 PARTS = ("base", "corrections", "input_transform", "output_transform")

@@ -23,7 +23,7 @@ from lqec_jax.io.artifact.leaves import flatten
 from lqec_jax.io.base import drop_corrections, drop_input_grids, each_block, hash_base
 from lqec_jax.io.exports.dense import to_dense
 from lqec_jax.io.exports.export import find_files, read_record
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
