@@ -1,13 +1,12 @@
 """The base of a model: everything but what adapters add, and its name by content."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.core.types import Params
 from lqec_jax.io.artifact.leaves import flatten
@@ -52,10 +51,4 @@ def hash_base(params: Params) -> str:
     """
     base = drop_corrections(params)
     blocks = {str(number): block for number, block in enumerate(each_block(base))}
-    arrays, _ = flatten({**base, "blocks": blocks})
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    return hash_arrays(sorted(flatten({**base, "blocks": blocks})[0].items()))
