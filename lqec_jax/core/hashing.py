@@ -22,11 +22,14 @@ def hash_parts(parts: Iterable[str | bytes | np.ndarray]) -> str:
 
 
 def hash_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Hashes named arrays in the order given: each one's name, dtype and shape, then its bytes."""
+    """Hashes named arrays in the order given: each one's name, dtype and shape, then its bytes.
+
+    A scalar, as a block's own window in 'attn.window', counts as an array of one.
+    """
 
     def parts() -> Iterable[str | np.ndarray]:
         for name, array in arrays:
-            yield f"{name} {array.dtype.name} {array.shape}\n"
+            yield f"{name} {array.dtype.name} {array.shape or (1,)}\n"
             yield array
 
     return hash_parts(parts())

@@ -23,7 +23,7 @@ def test_a_view_is_hashed_by_its_values():
 def test_arrays_are_named_with_dtype_and_shape():
     scale = np.ones((2, 1), ml_dtypes.bfloat16)
     zero = np.zeros((), np.uint8)
-    wanted = b"norm.scale bfloat16 (2, 1)\n" + scale.tobytes() + b"zero uint8 ()\n\x00"
+    wanted = b"norm.scale bfloat16 (2, 1)\n" + scale.tobytes() + b"zero uint8 (1,)\n\x00"
     found = hash_arrays([("norm.scale", scale), ("zero", zero)])
     assert found == hashlib.sha256(wanted).hexdigest()
     assert found != hash_arrays([("zero", zero), ("norm.scale", scale)])

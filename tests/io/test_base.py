@@ -1,9 +1,12 @@
 """What the base of a model is called, and that adapters are no part of its name."""
 
+import hashlib
+
 import jax
 import numpy as np
 
-from lqec_jax.core.tree import stack_blocks
+from lqec_jax.core.tree import set_at, stack_blocks
+from lqec_jax.io.artifact.leaves import flatten
 from lqec_jax.io.base import drop_corrections, each_block, hash_base
 from tests.io.packed_models import make_model
 
@@ -39,3 +42,19 @@ def test_every_correction_goes_and_nothing_else():
     leaf, kept = (p["blocks"][0]["mlp"]["up"]["kernel"] for p in (bare, model.params))
     assert leaf.corrections == () and len(kept.corrections) == 1
     assert leaf.base is kept.base
+
+
+def test_a_models_name_is_the_one_it_always_had():
+    """Of arrays as `np.ascontiguousarray` gives them: a block's own window is an array of one."""
+    model = make_model()
+    segment = set_at(model.params["blocks"][0], "attn/window", np.array([3, 4], np.int32))
+    params = {**model.params, "blocks": (segment,)}
+    base = drop_corrections(params)
+    blocks = {str(number): block for number, block in enumerate(each_block(base))}
+    arrays = flatten({**base, "blocks": blocks})[0]
+    assert arrays["blocks.1.attn.window"].shape == ()
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())
+    assert hash_base(params) == digest.hexdigest()
