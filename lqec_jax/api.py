@@ -20,7 +20,8 @@ from lqec_jax.evaluate import perplexity as scores
 from lqec_jax.evaluate.card import describe_base, render_pages
 from lqec_jax.evaluate.report import build_report
 from lqec_jax.io.artifact.artifact import is_artifact, load_artifact, save_artifact, write_artifact
-from lqec_jax.io.exports.export import Exported, export_model, read_record
+from lqec_jax.io.exports.export import Exported, export_model
+from lqec_jax.io.exports.record import read_record
 from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
@@ -297,8 +298,9 @@ def export(
     Args:
       format: 'hf' (dense, corrections folded in), 'peft' (the adapters), 'gptq',
         'compressed-tensors', 'flax'.
-      options: `dtype`, `base_only`, and for some formats `gptq_version`, `base`, `dense`; see
-        `io.exports.export.ExportOptions`.
+      options: `dtype` of floating tensors, 'auto' as stored; `base_only` leaves out adapters. For
+        'peft' `base`, the exported folder it belongs to; for 'gptq' `gptq_version`, 1 or 2; for
+        'flax' `dense`, which unpacks the weights, see `load_flax`.
     Returns:
       .folder .format .stored_bytes .notes
     Raises:

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers
 import lqec_jax as lqec
 from lqec_jax.cli import main
 from lqec_jax.io.artifact.artifact import load_artifact
-from lqec_jax.io.base import hash_base
+from lqec_jax.io.exports.record import hash_base
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.examples import Rows, prepare_tuning
 from tests.golden.tiny_checkpoint import hash_folder, write_checkpoint

@@ -11,7 +11,8 @@ import lqec_jax as lqec
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import load_artifact
 from lqec_jax.io.exports import flax
-from lqec_jax.io.exports.export import EXACT_INPUTS, export_model
+from lqec_jax.io.exports.export import export_model
+from lqec_jax.io.exports.record import EXACT_INPUTS
 from lqec_jax.io.verify.verify import verify_export
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.linears import preview_leaf

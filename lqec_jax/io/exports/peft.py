@@ -14,9 +14,8 @@ import numpy as np
 
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.errors import InputError
-from lqec_jax.io.base import hash_base
-from lqec_jax.io.exports.dense import Placed, cast, walk
-from lqec_jax.io.exports.export import ExportOptions, read_record
+from lqec_jax.io.exports.record import hash_base, read_record
+from lqec_jax.io.exports.walk import Placed, cast, walk
 from lqec_jax.io.files import write_json, write_tensors
 from lqec_jax.models.model import Model
 from lqec_kernels.adapters import QuantizedLowRank
@@ -32,14 +31,18 @@ DEQUANTIZE = (
 )
 
 
-def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
+def write(
+    model: Model, folder: Path, dtype: np.dtype | None, *, base: str | Path | None = None
+) -> list[str]:
     """Writes adapter_config.json and adapter_model.safetensors.
 
+    Args:
+      base: the exported folder that the adapter belongs to.
     Raises:
-      InputError: there is no adapter; a correction is not of low rank; `options.base` is not the
-        exported base of this model.
+      InputError: there is no adapter; a correction is not of low rank; `base` is not the exported
+        base of this model.
     """
-    notes = [UNNAMED] if options.base is None else _check_base(model, options.base)
+    notes = [UNNAMED] if base is None else _check_base(model, Path(base))
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     modules: list[str] = []
@@ -51,16 +54,16 @@ def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
         a, b = _factors(placed)
         ranks[placed.module] = a.shape[1]
         name = f"{PREFIX}{placed.module}"
-        tensors[f"{name}.lora_A.weight"] = cast(a.T, options.dtype, placed.path)
-        tensors[f"{name}.lora_B.weight"] = cast(b.T, options.dtype, placed.path)
+        tensors[f"{name}.lora_A.weight"] = cast(a.T, dtype, placed.path)
+        tensors[f"{name}.lora_B.weight"] = cast(b.T, dtype, placed.path)
     if not ranks:
         raise InputError(
             "export: the model has no low-rank corrections for peft to hold; export it as hf, or "
             "compress with a step that adds some, as svd"
         )
     write_tensors(folder / WEIGHTS, tensors, made_by="pt")
-    base = None if options.base is None else str(options.base)
-    write_json(folder / CONFIG, make_config(ranks, modules, base))
+    named = None if base is None else str(Path(base))
+    write_json(folder / CONFIG, make_config(ranks, modules, named))
     return notes
 
 
