@@ -18,7 +18,6 @@ from lqec_jax.io.exports.record import hash_base, read_record
 from lqec_jax.io.exports.walk import Placed, cast, walk
 from lqec_jax.io.files import write_json, write_tensors
 from lqec_jax.models.model import Model
-from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import LowRank
 
 CONFIG = "adapter_config.json"
@@ -110,16 +109,14 @@ def _targets(ranks: Mapping[str, int], modules: Sequence[str]) -> list[str]:
 
 def _factors(placed: Placed) -> tuple[np.ndarray, np.ndarray]:
     """Returns a [d_in, r] and b [r, d_out]; several corrections are one of their ranks' sum."""
-    corrections = [
-        c.factors() if isinstance(c, QuantizedLowRank) else c for c in placed.value.corrections
-    ]
-    strange = [c for c in corrections if type(c) is not LowRank]
-    if strange:
+    adapters = [correction.factors() for correction in placed.value.corrections]
+    if None in adapters:
+        strange = placed.value.corrections[adapters.index(None)]
         raise InputError(
-            f"export: {placed.path} has a {type(strange[0]).__name__} correction, which peft "
+            f"export: {placed.path} has a {type(strange).__name__} correction, which peft "
             "cannot hold; export it as hf, where it is folded in"
         )
-    factors = [_expand(c) for c in corrections]
+    factors = [_expand(adapter) for adapter in adapters]
     a = np.concatenate([a for a, _ in factors], axis=1)
     return a, np.concatenate([b for _, b in factors], axis=0)
 

@@ -35,7 +35,6 @@ from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
 from lqec_jax.models.parameters import with_constants
-from lqec_kernels.adapters import QuantizedLowRank
 
 TOKENS = (2, 64)  # windows and their length, of ids drawn with seed 0
 # Of a weight's size: sums of float32 in another order; both factors of a product rounded.
@@ -185,9 +184,8 @@ def _dense_and_size(want: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _size(correction: Any) -> jax.Array:
-    if isinstance(correction, QuantizedLowRank):
-        correction = correction.factors()
-    return jax.tree.map(jnp.abs, correction).dense()
+    factors = correction.factors()
+    return jax.tree.map(jnp.abs, correction if factors is None else factors).dense()
 
 
 def _run_both(model: Model, comparison: _Comparison) -> tuple[np.ndarray, np.ndarray]:
