@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.tree import each_block, get_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.leaves import flatten, unflatten
@@ -179,5 +179,5 @@ def _check_shapes(config: ModelConfig, tree: Params) -> None:
 
 def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     """Returns a model's arrays by name and the descriptions of its compressed weights."""
-    blocks = {str(i): block for i, block in enumerate(unstack_blocks(params["blocks"]))}
+    blocks = {str(number): block for number, block in enumerate(each_block(params))}
     return flatten({**params, "blocks": blocks})

@@ -1,16 +1,14 @@
 """What lies beside an export: which model it is of, how it was written, each file's hash."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lqec_jax.core.hashing import hash_arrays
-from lqec_jax.core.tree import drop_corrections, each_block
+from lqec_jax.core.hashing import hash_arrays, hash_parts
+from lqec_jax.core.tree import drop_corrections
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact.artifact import is_artifact
-from lqec_jax.io.artifact.leaves import flatten
+from lqec_jax.io.artifact.artifact import is_artifact, name_arrays
 from lqec_jax.io.exports.options import ExportOptions
 from lqec_jax.io.exports.table import FORMATS
 from lqec_jax.io.files import read_json
@@ -50,10 +48,7 @@ def make_record(
 
 def hash_file(path: Path) -> str:
     """Returns a file's sha256, hex."""
-    digest = hashlib.sha256()
-    for chunk in read_chunks(path, 0, path.stat().st_size):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return hash_parts(read_chunks(path, 0, path.stat().st_size))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -92,6 +87,4 @@ def hash_base(params: Params) -> str:
 
     How blocks are stacked in memory does not enter.
     """
-    base = drop_corrections(params)
-    blocks = {str(number): block for number, block in enumerate(each_block(base))}
-    return hash_arrays(sorted(flatten({**base, "blocks": blocks})[0].items()))
+    return hash_arrays(sorted(name_arrays(drop_corrections(params))[0].items()))

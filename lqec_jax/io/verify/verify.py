@@ -4,7 +4,7 @@ The folder is read by its format's reader in this room, which shares nothing wit
 compared block by block with the model it was written from; two blocks are held dense at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
@@ -130,12 +130,11 @@ def _compare(folder: Path, record: Mapping[str, Any], model: Model) -> tuple[Ver
 
 def _compare_inputs(found: Mapping[str, Mapping[str, Any]], model: Model) -> list[str]:
     """Returns the first weight that rounds what it reads otherwise than the model's, in words."""
-    wanted = {}
-    for layer, block in enumerate(each_block(model.params)):
-        for path in families.family(model.config.family).block_tensors(model.config):
-            leaf = get_at(block, path)
-            if is_compressed(leaf) and leaf.input_grid is not None:
-                wanted[f"blocks/{layer}/{path}"] = asdict(leaf.input_grid)
+    wanted = {
+        path: asdict(weight.input_grid)
+        for path, weight in _each_weight(model)
+        if is_compressed(weight) and weight.input_grid is not None
+    }
     other = (p for p in sorted({*found, *wanted}) if found.get(p) != wanted.get(p))
     return [
         f"{path} rounds its inputs by {found.get(path)}, not {wanted.get(path)}"
@@ -241,13 +240,18 @@ def _open_base(record: Mapping[str, Any], model: Model) -> Found:
         if inner["base_sha256"] != record["base_sha256"]:
             raise InputError(f"its base {folder} was exported from another model")
         return open_weights(folder, inner, model)
-    params = drop_corrections(model.params)
+    bare = replace(model, params=drop_corrections(model.params))
+    return {path: partial(_dense, weight) for path, weight in _each_weight(bare)}
+
+
+def _each_weight(model: Model) -> Iterator[tuple[str, Any]]:
+    """Yields each parameter of a model by its path, blocks one by one."""
     family = families.family(model.config.family)
-    found = {p: partial(_dense, get_at(params, p)) for p in family.outer_tensors(model.config)}
-    for layer, block in enumerate(each_block(params)):
+    for path in family.outer_tensors(model.config):
+        yield path, get_at(model.params, path)
+    for layer, block in enumerate(each_block(model.params)):
         for path in family.block_tensors(model.config):
-            found[f"blocks/{layer}/{path}"] = partial(_dense, get_at(block, path))
-    return found
+            yield f"blocks/{layer}/{path}", get_at(block, path)
 
 
 def _places(config: ModelConfig) -> dict[str, tuple[str, bool]]:
