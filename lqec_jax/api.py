@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.calibration.collect import collect
-from lqec_jax.calibration.data import check_tokens
+from lqec_jax.core.arguments import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.tree import is_compressed, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
-from lqec_jax.evaluate.card import describe_base
+from lqec_jax.evaluate.card import describe_base, render_pages
 from lqec_jax.evaluate.report import build_report
 from lqec_jax.io.artifact.artifact import is_artifact, load_artifact, save_artifact, write_artifact
-from lqec_jax.io.exports.export import Exported, export_model, read_record
+from lqec_jax.io.exports.export import Exported, export_model
+from lqec_jax.io.exports.record import read_record
 from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
@@ -287,7 +288,7 @@ def finetune(
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
     _check_stored("save", model)
-    return save_artifact(model, out, overwrite=overwrite)
+    return save_artifact(model, out, render_pages(model.report), overwrite=overwrite)
 
 
 def export(
@@ -298,8 +299,9 @@ def export(
     Args:
       format: 'hf' (dense, corrections folded in), 'peft' (the adapters), 'gptq',
         'compressed-tensors', 'flax'.
-      options: `dtype`, `base_only`, and for some formats `gptq_version`, `base`, `dense`; see
-        `io.exports.export.ExportOptions`.
+      options: `dtype` of floating tensors, 'auto' as stored; `base_only` leaves out adapters. For
+        'peft' `base`, the exported folder it belongs to; for 'gptq' `gptq_version`, 1 or 2; for
+        'flax' `dense`, which unpacks the weights, see `load_flax`.
     Returns:
       .folder .format .stored_bytes .notes
     Raises:
@@ -346,7 +348,7 @@ def _finish(run: Run, model: Model) -> Model:
     """Writes the artifact beside the run, gives it its name, and reads it back."""
     artifact = Path(tempfile.mkdtemp(prefix="artifact-", dir=run.folder))
     artifact.chmod(0o755)
-    write_artifact(model, artifact)
+    write_artifact(model, artifact, render_pages(model.report))
     run.finish(artifact)
     return load_artifact(run.out, model.dtype)
 

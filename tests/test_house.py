@@ -28,8 +28,6 @@ LADDER = (
 )
 SIDEWAYS = {
     ("recipe", "methods"): "a recipe names rows of the table",
-    ("io", "evaluate"): "an artifact carries its report as a page and a model card",
-    ("evaluate", "calibration"): "a prompt's tokens are checked as a text's",
     ("analysis", "api"): "a comparison is a user of the verbs",
     ("demo", "api"): "the demo is a user of the verbs",
 }

@@ -12,7 +12,6 @@ distance to the teacher. Killed, a comparison loses what its unfinished row has 
 
 import ast
 import csv
-import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from lqec_jax import api
 from lqec_jax.calibration.data import load_tokens
 from lqec_jax.core.arguments import check_int
+from lqec_jax.core.hashing import hash_parts
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.sites import each
 from lqec_jax.errors import InputError
@@ -34,8 +34,7 @@ from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.page import TEACHER, render_comparison
 from lqec_jax.evaluate.report import describe_environment, make_finite, reset_peak_rss
 from lqec_jax.io.artifact.artifact import is_artifact
-from lqec_jax.io.files import write_json, write_text
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, write_json, write_text
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
@@ -59,7 +58,7 @@ class Entry:
     @property
     def name(self) -> str:
         """Returns a name for its folder, which depends on nothing but the recipe and the seed."""
-        digest = hashlib.sha256(f"{self.recipe} seed {self.seed}".encode()).hexdigest()
+        digest = hash_parts([f"{self.recipe} seed {self.seed}"])
         return "-".join([*(step.name for step in self.recipe.steps), digest[:8]])
 
 
@@ -319,7 +318,7 @@ class _Board:
     @classmethod
     def begin(cls, folder: Path, saved, job: Job, held_out: np.ndarray, protocol: str) -> "_Board":
         named = {name: job.fingerprint[name] for name in ("model", "calibration", "dtype")}
-        text = hashlib.sha256(np.ascontiguousarray(held_out, np.int32).tobytes()).hexdigest()
+        text = hash_parts([np.asarray(held_out, np.int32)])
         settings = named | {"text": text, "protocol": protocol}
         if saved is None:
             fresh = {

@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from lqec_jax.io.exports.table import FORMATS
+
 Format = Annotated[str, typer.Option("--format", metavar="F",
-    help="hf, peft, gptq, compressed-tensors or flax.")]  # fmt: skip
+    help=f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}.")]  # fmt: skip
 BaseOnly = Annotated[bool, typer.Option("--base-only",
     help="Leave out the adapters, which --format peft writes beside it.")]  # fmt: skip
 Dtype = Annotated[str, typer.Option(metavar="D",

@@ -74,7 +74,7 @@ def _stored(checkpoint, tensor, layer: int) -> Any:
 def _describe_artifact(folder: Path) -> dict[str, Any]:
     from lqec_jax.core import sites
     from lqec_jax.io.artifact.artifact import REPORT, load_shapes
-    from lqec_jax.io.sources.hf import read_json
+    from lqec_jax.io.files import read_json
     from lqec_jax.models.parameters import linear_sites
 
     meta, checkpoint, config, tree = load_shapes(folder)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from lqec_jax.evaluate.figures import draw_errors, draw_losses, draw_pareto
 
+PAGE = "report.html"
 TEACHER = "teacher"  # in the place of a recipe
 NOT_FINITE = "not finite"
 

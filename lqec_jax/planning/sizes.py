@@ -11,10 +11,11 @@ from lqec_jax.core.sites import get_all, put_all
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact.artifact import name_arrays, shard_arrays
+from lqec_jax.io.artifact.artifact import name_arrays
 from lqec_jax.io.artifact.leaves import name_format
-from lqec_jax.io.files import measure_tensors
-from lqec_jax.io.sources.hf import INDEX, SINGLE, Checkpoint, check_tensors, find_folder, read_json
+from lqec_jax.io.files import measure_tensors, read_json
+from lqec_jax.io.sources.hf import Checkpoint, check_tensors, find_folder
+from lqec_jax.io.tensor_file import INDEX, SINGLE, shard_arrays
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns

@@ -4,7 +4,6 @@ The base stays packed. What is trained, and how, is the step `trainings.finetune
 gives it rows of examples in place of calibration windows.
 """
 
-import hashlib
 import inspect
 import math
 import time
@@ -16,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
 from lqec_jax.core import sites
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core.arguments import check_int, check_number, check_tokens
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import is_compressed, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
@@ -78,8 +77,8 @@ class TuningJob:
         return {
             "finetune": str(self.step),
             "seed": self.seed,
-            "model": _hash(name_arrays(self.model.params)[0]),
-            "examples": _hash({"tokens": self.tokens, "weights": self.weights}),
+            "model": hash_arrays(sorted(name_arrays(self.model.params)[0].items())),
+            "examples": hash_arrays([("tokens", self.tokens), ("weights", self.weights)]),
             "dtype": np.dtype(self.model.dtype).name,
         }
 
@@ -248,11 +247,3 @@ def _report(job: TuningJob, params: Params, fit: dict, seconds: float) -> dict[s
         "environment": environment,
     }
     return make_finite({**before, **changes})
-
-
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())
-    return digest.hexdigest()

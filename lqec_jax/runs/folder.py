@@ -24,8 +24,7 @@ from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import check_free
 from lqec_jax.io.artifact.leaves import flatten, unflatten
-from lqec_jax.io.files import replace_folder, write_json, write_tensors
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, replace_folder, write_json, write_tensors
 from lqec_jax.io.tensor_file import read_entry, read_header
 from lqec_jax.runs.checkpoints import Checkpoints
 

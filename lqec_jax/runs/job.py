@@ -1,6 +1,5 @@
 """What a run is given, opened and checked before anything is computed or written."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens, cut_windows, load_tokens, split_windows
-from lqec_jax.core.arguments import check_int
+from lqec_jax.calibration.data import cut_windows, load_tokens, split_windows
+from lqec_jax.core.arguments import check_int, check_tokens
+from lqec_jax.core.hashing import hash_parts
 from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import is_artifact
@@ -239,7 +239,7 @@ def _linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array, np.int32).tobytes())
-    return digest.hexdigest()
+    """Hashes windows, each array's shape before its ids."""
+    return hash_parts(
+        part for array in arrays for part in (f"{array.shape}", np.asarray(array, np.int32))
+    )

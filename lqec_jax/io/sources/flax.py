@@ -4,7 +4,6 @@ Their modules are named as in the Hugging Face checkpoint, with '/' for '.'; a k
 [d_in, d_out] already, an embedding is 'embedding', a norm's vector 'weight' or 'scale'.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import INDEX, SINGLE, read_json
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.io.tensor_file import INDEX, SINGLE
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import StoredTensor
@@ -208,8 +209,5 @@ def _check_rest(named: dict[str, np.ndarray], outer: Params, config: ModelConfig
 
 
 def _fingerprint(params: Params) -> str:
-    digest = hashlib.sha256()
-    for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return hash_arrays((jax.tree_util.keystr(path), np.asarray(array)) for path, array in leaves)

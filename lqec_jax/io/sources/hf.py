@@ -7,7 +7,6 @@ orientation here and nowhere deeper: a checkpoint keeps them [d_out, d_in], we k
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +15,11 @@ import numpy as np
 
 from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.index import INERT, count, few, read_index, say_unread
 from lqec_jax.io.tensor_file import (
+    INDEX,
+    SINGLE,
     TensorEntry,
     read_chunks,
     read_entry,
@@ -29,42 +31,10 @@ from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import Cut, Family, StoredTensor
 from lqec_jax.models.parameters import with_constants
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parents[2] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def read_json(path: str | Path) -> dict:
-    """Reads one JSON object.
-
-    Raises:
-      InputError: the file is missing, is not UTF-8 JSON (file and line named), or is not an object.
-    """
-    path = Path(path)
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; restore it or name another folder") from None
-    except OSError as err:
-        raise InputError(f"{path} cannot be read: {err.strerror}; wanted a JSON file") from err
-    except json.JSONDecodeError as err:
-        raise InputError(
-            f"{path}, line {err.lineno}: not JSON ({err.msg}); the file is cut short or damaged, "
-            "restore it"
-        ) from err
-    except UnicodeDecodeError as err:
-        line = err.object[: err.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text; restore the file") from err
-    except (RecursionError, ValueError) as err:  # nested without end; a number of 5000 digits
-        raise InputError(f"{path} cannot be read as JSON ({err}); restore the file") from err
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path}, line 1: holds a {type(value).__name__}, wanted an object {{...}}"
-        )
-    return value
 
 
 @dataclasses.dataclass(frozen=True)

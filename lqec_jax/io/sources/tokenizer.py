@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.chat import read_template, render_chat
-from lqec_jax.io.sources.hf import read_json
 from lqec_jax.io.sources.sentencepiece import read_normalizer
 from lqec_jax.models.raw_config import Section
 

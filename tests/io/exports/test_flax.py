@@ -21,9 +21,9 @@ APPLY = """
 import sys
 import jax
 import numpy as np
-import lqec_jax.io.exports.flax
+import lqec_jax
 folder, out = sys.argv[1:]
-module, params = lqec_jax.io.exports.flax.load(folder)
+module, params = lqec_jax.load_flax(folder)
 tokens = np.arange(32).reshape(2, 16)
 np.save(out, jax.jit(module.apply)({"params": params}, tokens))
 """
