@@ -1,8 +1,6 @@
 """Programs of a 7-billion-parameter Llama, traced from shapes alone."""
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,15 +9,13 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from configs.studies.llama_7b import make_params, read_config
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.stepping import step_fns
 from lqec_jax.train.fit import shard_state
 from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import init_state, make_update
 from lqec_kernels import ready, use
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from llama_7b import make_params, read_config  # noqa: E402
 
 DTYPE = jnp.bfloat16
 
