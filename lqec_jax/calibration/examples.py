@@ -13,18 +13,16 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lqec_jax.calibration.data import Encoder
 from lqec_jax.errors import InputError
 
 WANTED = '{"text": ...} or {"prompt": ..., "completion": ...}'
 
 
-class Encoder(Protocol):
-    """What `read_examples` needs of a tokenizer; `encode` adds no special token."""
+class RowEncoder(Encoder, Protocol):
+    """What `read_examples` needs of a tokenizer: also the token that ends a row."""
 
-    bos_id: int | None
     eos_id: int | None
-
-    def encode(self, text: str) -> Sequence[int]: ...
 
 
 class Examples(NamedTuple):
@@ -43,7 +41,7 @@ class Examples(NamedTuple):
     dropped: int
 
 
-def read_examples(source: str | Path, tokenizer: Encoder, seqlen: int) -> Examples:
+def read_examples(source: str | Path, tokenizer: RowEncoder, seqlen: int) -> Examples:
     """Reads a .jsonl of examples.
 
     Args:
@@ -77,7 +75,7 @@ def weigh(learned: np.ndarray) -> np.ndarray:
     return (learned * (len(learned) / learned.sum())).astype(np.float32)
 
 
-def _encode(tokenizer: Encoder, prompt: str | None, completion: str) -> tuple[list[int], int]:
+def _encode(tokenizer: RowEncoder, prompt: str | None, completion: str) -> tuple[list[int], int]:
     """Returns a row's tokens and the place of the first that is learned, at least 1."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

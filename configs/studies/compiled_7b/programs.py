@@ -15,12 +15,12 @@ from lqec_jax.models.stepping import step_fns
 from lqec_jax.train.fit import shard_state
 from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import init_state, make_update
-from lqec_kernels import ready, use
+from lqec_kernels import repack, use
 
 DTYPE = jnp.bfloat16
 
 
-def shape_params(config: Any, *, prepared: bool) -> Any:
+def shape_params(config: Any, *, repacked: bool) -> Any:
     """Returns the shapes of a model's parameters, as stored or as they are multiplied by."""
 
     def draw(leaf: Any) -> Any:
@@ -28,7 +28,7 @@ def shape_params(config: Any, *, prepared: bool) -> Any:
 
     def make() -> Any:
         params = make_params(config, DTYPE, draw, lambda shape: jnp.zeros(shape, DTYPE))
-        return ready(params, dtype=DTYPE) if prepared else params
+        return repack(params, dtype=DTYPE) if repacked else params
 
     return jax.eval_shape(make)
 
@@ -52,7 +52,7 @@ def trace_generation(mesh, layers: int, sequences: int, tokens: int, implementat
     """Traces one token after `tokens` others, or where `sequences` is 0 reading that many."""
     config = read_config(layers)
     fns, whole = step_fns(config, DTYPE), NamedSharding(mesh, PartitionSpec())
-    params = shape_params(config, prepared=implementation != "xla")
+    params = shape_params(config, repacked=implementation != "xla")
     prompt = jax.ShapeDtypeStruct((max(sequences, 1), tokens), jnp.int32)
 
     def prefill(params: Any, prompt: jax.Array) -> Any:
@@ -72,7 +72,7 @@ def trace_update(mesh: Mesh, layers: int, windows: int, tokens: int) -> Any:
     """Traces an update of RILQ: adapters and Adam's moments in float32, the rest packed."""
     config = read_config(layers)
     fns, optimizer = model_fns(config, DTYPE), optax.adam(1e-3)
-    params = shape_params(config, prepared=False)
+    params = shape_params(config, repacked=False)
 
     def loss(params: Any, batch: Any) -> Any:
         return rilq_terms(fns, batch["teacher"], params, batch["tokens"], model_weight=0.5,

@@ -23,7 +23,7 @@ import numpy as np
 
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.stepping import step_fns
-from lqec_kernels import ready
+from lqec_kernels import repack
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from configs.studies.harness import Study, quote, table
@@ -63,7 +63,7 @@ def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
 def make_model(layers: int, dtype: str) -> tuple:
     """Returns configuration and parameters, packed as they are multiplied by."""
     config = read_config(layers)
-    return config, ready(draw_params(config, jnp.dtype(dtype)), dtype=jnp.dtype(dtype))
+    return config, repack(draw_params(config, jnp.dtype(dtype)), dtype=jnp.dtype(dtype))
 
 
 def draw_params(config, dtype) -> dict:
