@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lqec_kernels
 from lqec_jax.calibration.collect import collect
 from lqec_jax.core.arguments import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
@@ -31,9 +32,8 @@ from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
 from lqec_jax.runs.folder import Run, check_run
 from lqec_jax.runs.job import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
 from lqec_jax.runs.linears import apply_steps
-from lqec_kernels import DenseCopy, ready
-from lqec_kernels.capability import PREPARED
 from lqec_kernels.formats import CompressedLinear, Dense
+from lqec_kernels.repacking import REPACKED, DenseCopy
 
 
 def load(path: str | Path, dtype: str = "auto") -> Model:
@@ -68,13 +68,13 @@ def repack(model: Model) -> Model:
     """Puts weights, once, in the form in which this machine multiplies by them fastest.
 
     The layout that kernels read on a GPU or TPU; on a CPU dense copies of small weights, larger
-    ones stay packed. See `lqec_kernels.ready`; what it chose is logged. The result is for products,
-    not for disk: save the model that it was made of.
+    ones stay packed. See `lqec_kernels.repack`; what it chose is logged. The result is for
+    products, not for disk: save the model that it was made of.
 
     Example:
       >>> model = repack(load("small"))
     """
-    return dataclasses.replace(model, params=ready(model.params, dtype=model.dtype))
+    return dataclasses.replace(model, params=lqec_kernels.repack(model.params, dtype=model.dtype))
 
 
 def logits(model: Model, tokens: Any) -> jax.Array:
@@ -336,7 +336,7 @@ def verify(out: str | Path, against: Model | str | Path | None = None) -> Verifi
 def _check_stored(verb: str, model: Model) -> None:
     leaves = jax.tree.leaves(model.params, is_leaf=is_compressed)
     if any(
-        is_compressed(leaf) and isinstance(leaf.base, (*PREPARED, DenseCopy)) for leaf in leaves
+        is_compressed(leaf) and isinstance(leaf.base, (*REPACKED, DenseCopy)) for leaf in leaves
     ):
         raise InputError(
             f"{verb}: the weights are repacked for products, which no file holds; give the model "

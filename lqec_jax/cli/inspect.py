@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import argument, json_of
 
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The same as JSON, to FILE or standard output.")]  # fmt: skip
+AnyFolder = argument(str, "A model folder, an artifact, or an OUT.partial.")
+Json = json_of("The same")
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A model folder, an artifact, or an OUT.partial.")],
+    path: AnyFolder,
     *,
     json: Json = None,
 ) -> None:

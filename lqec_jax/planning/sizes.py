@@ -39,6 +39,7 @@ class Sizes:
       outer: embedding, last norm and head.
       adapters: numbers in low-rank corrections.
       leaves: what becomes of one block's linears, as shapes.
+      groups: (d_in, sum of d_out) of the linears that read one input, in data-flow order.
       largest: numbers in the largest linear.
     """
 
@@ -53,6 +54,7 @@ class Sizes:
     outer: int
     adapters: int
     leaves: tuple[CompressedLinear, ...]
+    groups: tuple[tuple[int, int], ...]
     largest: int
 
     @property
@@ -96,11 +98,11 @@ def measure_model(folder: str, recipe: Recipe) -> Sizes:
     outer: Params = {}
     for path, stored in family.outer_tensors(config).items():
         outer = set_at(outer, path, jax.ShapeDtypeStruct(stored.inner_shape, dtype))
-    return _measure(config, np.dtype(dtype), fns.linears, dense, block, outer)
+    return _measure(config, np.dtype(dtype), fns.linear_groups, dense, block, outer)
 
 
-def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params) -> Sizes:
-    kernels = get_all(block, linears)
+def _measure(config, dtype, groups, dense: Params, block: Params, outer: Params) -> Sizes:
+    kernels = get_all(block, [path for group in groups for path in group])
     rows = tuple(_row(path, leaf, config.layers) for path, leaf in kernels.items())
     params = {**outer, "blocks": ((_stack(block, config.layers)),)}
     arrays, _ = name_arrays(jax.tree.map(_stand_in, params))
@@ -120,6 +122,9 @@ def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params
         outer=_bytes(outer),
         adapters=config.layers * adapters,
         leaves=tuple(kernels.values()),
+        groups=tuple(
+            (kernels[group[0]].d_in, sum(kernels[path].d_out for path in group)) for group in groups
+        ),
         largest=max(counts),
     )
 
