@@ -19,17 +19,19 @@ from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
 from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.report import build_report
-from lqec_jax.io.artifact.artifact import is_artifact, load_artifact, save_artifact, write_artifact
+from lqec_jax.io.artifact.artifact import load_artifact, save_artifact, write_artifact
 from lqec_jax.io.exports.export import Exported, export_model, read_record
-from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
+from lqec_jax.io.sources.flax import load_flax_checkpoint
+from lqec_jax.io.sources.source import open_folder, read_source
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.runs.driver import Driver
 from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
 from lqec_jax.runs.folder import Run, check_run
-from lqec_jax.runs.job import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
+from lqec_jax.runs.job import prepare, resolve_dtype
 from lqec_jax.runs.linears import apply_steps
+from lqec_jax.runs.text import make_windows
 from lqec_kernels import DenseCopy, ready
 from lqec_kernels.capability import PREPARED
 from lqec_kernels.formats import CompressedLinear, Dense
@@ -46,20 +48,21 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
     Raises:
       InputError: what is there is missing, damaged, or not a model this library knows.
     """
-    if is_artifact(path):
-        return load_artifact(path, resolve_dtype(dtype))
-    if is_flax_checkpoint(path):
-        return load_flax_checkpoint(path, resolve_dtype(dtype))
-    source, checkpoint = open_source(path)
+    found, compute = open_folder(path), resolve_dtype(dtype)
+    if found.kind == "artifact":
+        return load_artifact(found.folder, compute)
+    if found.kind == "flax":
+        return load_flax_checkpoint(found.folder, compute)
+    source = read_source(found)
     blocks = stack_blocks([source.block(layer) for layer in range(source.config.layers)])
     return Model(
         config=source.config,
         params=jax.tree.map(jnp.asarray, {**source.outer, "blocks": blocks}),
-        raw_config=checkpoint.config,
-        tokenizer=find_tokenizer(checkpoint.folder),
+        raw_config=source.raw_config,
+        tokenizer=source.tokenizer,
         fingerprint=source.fingerprint,
-        folder=checkpoint.folder,
-        dtype=resolve_dtype(dtype),
+        folder=source.folder,
+        dtype=compute,
     )
 
 
@@ -217,9 +220,10 @@ def compress(
         params = driver.compress()
         report = build_report(run.state, recipe=str(job.recipe), seed=seed,
                               dtype=np.dtype(job.dtype).name,
-                              base=describe_base(job.folder))  # fmt: skip
-        small = Model(job.source.config, params, job.raw_config, job.tokenizer, str(job.recipe),
-                      report, job.source.fingerprint, job.folder, job.dtype)  # fmt: skip
+                              base=describe_base(job.source.folder))  # fmt: skip
+        source = job.source
+        small = Model(source.config, params, source.raw_config, source.tokenizer, str(job.recipe),
+                      report, source.fingerprint, source.folder, job.dtype)  # fmt: skip
         if out is not None:
             small = _finish(run, small)
     finally:

@@ -40,8 +40,9 @@ from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.runs.folder import STATE, partial_folder
-from lqec_jax.runs.job import Job, make_windows, prepare
+from lqec_jax.runs.job import Job, prepare
 from lqec_jax.runs.linears import preview
+from lqec_jax.runs.text import make_windows, name_protocol
 
 RESULTS, TABLE, PAGE, ROWS = "results.json", "results.csv", "report.html", "rows"
 COLUMNS = ("recipe", "seed", "bits_per_weight", "ppl", "low", "high", "nll", "kl", "top1", "tokens",
@@ -113,8 +114,8 @@ def compare(
     job = prepare(model, entries[0].recipe, calib, seed=entries[0].seed, **make)
     held_out = read_held_out(job, text, seqlen, text_windows, protocol)
     _check_entries(job, entries)
-    board = _Board.begin(folder, saved, job, held_out, f"{_name(text, protocol)}/{seqlen}")
-    scorer = Scorer(model, held_out, _name(text, protocol), dtype)
+    board = _Board.begin(folder, saved, job, held_out, f"{name_protocol(text, protocol)}/{seqlen}")
+    scorer = Scorer(model, held_out, name_protocol(text, protocol), dtype)
     reporter = reporter or Silent()
     if not board.has(TEACHER, None):
         board.add(_measure_teacher(scorer, reporter))
@@ -207,13 +208,8 @@ def read_held_out(job: Job, text: Any, seqlen: int, windows: int | None, protoco
         check_int("compare", "text_windows", windows, 1)
     if isinstance(text, str | Path):
         limit = None if windows is None else windows * seqlen
-        text = load_tokens(text, job.tokenizer, protocol, seqlen=seqlen, limit=limit)
+        text = load_tokens(text, job.source.tokenizer, protocol, seqlen=seqlen, limit=limit)
     return make_windows(job.source.config, text, seqlen, windows)
-
-
-def _name(text: Any, protocol: str) -> str:
-    is_text = isinstance(text, str | Path) and Path(text).suffix != ".npy"
-    return protocol if is_text else "tokens"
 
 
 # ---- a row
@@ -318,7 +314,7 @@ class _Board:
         settings = named | {"text": text, "protocol": protocol}
         if saved is None:
             fresh = {
-                "model": describe_base(job.folder)["name"],
+                "model": describe_base(job.source.folder)["name"],
                 "protocol": protocol,
                 "settings": settings,
                 "environment": describe_environment(),

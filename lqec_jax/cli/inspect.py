@@ -32,7 +32,7 @@ def describe(path: str) -> dict[str, Any]:
     Raises:
       InputError: it is none of these, or damaged.
     """
-    from lqec_jax.io.artifact.artifact import is_artifact
+    from lqec_jax.io.sources.source import open_folder
     from lqec_jax.runs.folder import STATE, partial_folder
 
     folder = Path(path)
@@ -40,17 +40,14 @@ def describe(path: str) -> dict[str, Any]:
         folder = partial_folder(folder)
     if (folder / STATE).is_file():
         return _describe_run(folder)
-    return _describe_artifact(folder) if is_artifact(folder) else _describe_dense(path)
+    found = open_folder(path)
+    return _describe_artifact(found.folder) if found.kind == "artifact" else _describe_dense(found)
 
 
-def _describe_dense(path: str) -> dict[str, Any]:
-    from lqec_jax.io.sources.hf import Checkpoint, check_tensors
-    from lqec_jax.models import families
+def _describe_dense(found) -> dict[str, Any]:
+    from lqec_jax.io.sources.source import open_dense
 
-    checkpoint = Checkpoint.open(path)
-    config = families.read_config(checkpoint.config)
-    family = families.family(config.family)
-    check_tensors(checkpoint, family, config)
+    checkpoint, config, family = open_dense(found)
     tensors = family.block_tensors(config)
     layers = range(config.layers)
     linears = [

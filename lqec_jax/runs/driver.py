@@ -10,14 +10,13 @@ are files. A finished block is committed with both streams, see `runs.folder`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lqec_jax.calibration.fisher import diagonal_fisher
 from lqec_jax.core.progress import Reporter, Silent
@@ -25,6 +24,7 @@ from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
 from lqec_jax.io.files import write_tensors
+from lqec_jax.io.sources.source import Source
 from lqec_jax.io.tensor_file import read_entry, read_header
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
@@ -34,48 +34,10 @@ from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
 from lqec_jax.runs.linears import describe
 from lqec_jax.runs.streams import Streams
+from lqec_jax.runs.text import Text
 
 # Activations of a training update above which blocks are recomputed in the backward pass, in bytes.
 REMAT_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where dense weights come from, one block at a time.
-
-    Attributes:
-      config: the model.
-      outer: embedding, norm and head.
-      block: layer number -> one block's tree, kernels [d_in, d_out].
-      fingerprint: sha256 of the checkpoint.
-    """
-
-    config: ModelConfig
-    outer: Params
-    block: Callable[[int], Params]
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """The windows of a run, int32 [n, T] each.
-
-    Stages are measured on `held_out`, or on the validation windows where it is empty.
-    """
-
-    train: np.ndarray
-    val: np.ndarray
-    held_out: np.ndarray
-    protocol: str
-
-    @property
-    def windows(self) -> np.ndarray:
-        return np.concatenate([self.train, self.val, self.held_out])
-
-    @property
-    def score(self) -> np.ndarray:
-        """Returns the windows that stages are measured on: always the last of `windows`."""
-        return self.held_out if len(self.held_out) else self.val
 
 
 @dataclass
