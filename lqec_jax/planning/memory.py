@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from lqec_jax.core.types import Step
 from lqec_jax.core.walking import STREAM_TOKENS
 from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.decoder import count_kept, needs_remat
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.recipe import Recipe
-from lqec_jax.runs.driver import REMAT_BYTES
 from lqec_jax.train.losses import VOCAB_CHUNK
 from lqec_jax.train.update import count_parts
 from lqec_kernels.formats import CompressedLinear, Dense
@@ -67,7 +67,8 @@ def estimate_phases(
         if step.scope == "block":
             phases.append(_train_block(sizes, step, text, on_cpu))
         if step.scope == "model":
-            phases.append(_train(sizes, step, text, on_cpu, one_window))
+            remat = needs_remat(sizes.config, text.seqlen, recipe.largest_batch)
+            phases.append(_train(sizes, step, text, on_cpu, one=one_window, remat=remat))
     return phases
 
 
@@ -142,20 +143,18 @@ def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
         "what is trained, its moments, the best": KEPT * trained,
         "gradients": PASSING * trained,
         "its weights as they would be stored, and their gradients": 2 * 4 * _block_weights(sizes),
-        "activations": tokens * (_block_width(sizes.config) + 3 * sizes.config.d_model) * width,
+        "activations": tokens * (count_kept(sizes.config) + 3 * sizes.config.d_model) * width,
     }
     return Phase(f"{step.name}, one block", host, device)
 
 
-def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Phase:
+def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, *, one: bool, remat: bool) -> Phase:
     width, trained = _compute_bytes(on_cpu), 4 * _count_trained(sizes, step)
     arguments = step.arguments
     batch = arguments["batch"]
     parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
     at_once = 1 if one else batch // parts
     tokens, config = at_once * text.seqlen, sizes.config
-    # As `runs.driver` chooses: blocks are recomputed where keeping them would take too much.
-    all_kept = 4 * batch * text.seqlen * config.layers * _block_width(config)
     host = {
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
@@ -165,7 +164,7 @@ def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Pha
     }
     device = {
         "the compressed model": sizes.student,
-        **update_parts(config, trained, tokens, width, recomputed=all_kept > REMAT_BYTES),
+        **update_parts(config, trained, tokens, width, recomputed=remat),
         "tiles of dense weights": tile_bytes(sizes.largest),
     }
     if predictions := batch * text.seqlen * _scratch(sizes, step):
@@ -184,7 +183,7 @@ def update_parts(
       width: bytes of an activation.
       recomputed: of a block nothing is kept but its input.
     """
-    block, inputs = _block_width(config) * width, config.layers * config.d_model * width
+    block, inputs = count_kept(config) * width, config.layers * config.d_model * width
     chunk = min(config.vocab_size, VOCAB_CHUNK)
     head = chunk * config.d_model * 4 if config.vocab_size > VOCAB_CHUNK else 0
     return {
@@ -215,11 +214,6 @@ def _count_trained(sizes: Sizes, step: Step) -> int:
 def _slot(sizes: Sizes, windows: int, text: Text, on_cpu: bool) -> int:
     """Returns the bytes of one end of a stream."""
     return windows * text.seqlen * sizes.config.d_model * _compute_bytes(on_cpu)
-
-
-def _block_width(config: ModelConfig) -> int:
-    """Returns the numbers a block keeps of one token until its backward pass."""
-    return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
 
 
 def _block_weights(sizes: Sizes) -> int:

@@ -26,8 +26,7 @@ from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
 from lqec_jax.io.files import write_tensors
 from lqec_jax.io.sources.source import Source
 from lqec_jax.io.tensor_file import read_entry, read_header
-from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.decoder import model_fns
+from lqec_jax.models.decoder import model_fns, needs_remat
 from lqec_jax.recipe import Recipe
 from lqec_jax.runs.blocks import BlockChain, Chained, describe_fit, wrap_linears
 from lqec_jax.runs.checkpoints import StepSession
@@ -35,9 +34,6 @@ from lqec_jax.runs.folder import Run
 from lqec_jax.runs.linears import describe
 from lqec_jax.runs.streams import Streams
 from lqec_jax.runs.text import Text
-
-# Activations of a training update above which blocks are recomputed in the backward pass, in bytes.
-REMAT_BYTES = 2**30
 
 
 @dataclass
@@ -55,7 +51,8 @@ class Driver:
 
     def __post_init__(self) -> None:
         config = self.source.config
-        self.fns = model_fns(config, self.dtype, remat=_needs_remat(config, self.text))
+        remat = needs_remat(config, self.text.seqlen, self.recipe.largest_batch)
+        self.fns = model_fns(config, self.dtype, remat=remat)
         self.outer = jax.tree.map(jnp.asarray, self.source.outer)
         self.key = jax.random.key(self.seed)
         # Without statistics the student is only ever read where it is scored.
@@ -246,9 +243,3 @@ class Driver:
 
 def _name(steps: Sequence[Step]) -> str:
     return " | ".join(step.name for step in steps)
-
-
-def _needs_remat(config: ModelConfig, text: Text, batch: int = 8) -> bool:
-    """Says whether a training update of `batch` windows would hold too many activations."""
-    widths = 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
-    return 4 * batch * text.windows.shape[1] * config.layers * widths > REMAT_BYTES
