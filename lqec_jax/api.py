@@ -1,7 +1,7 @@
 """The verbs as functions: load, compress, score, save; `quantize` for a single matrix."""
 
 import dataclasses
-import tempfile
+import errno
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from lqec_jax.calibration.collect import collect
 from lqec_jax.calibration.data import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import is_compressed, stack_blocks
+from lqec_jax.core.tree import equal_trees, is_compressed, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
@@ -23,6 +23,7 @@ from lqec_jax.io.artifact.artifact import load_artifact, save_artifact, write_ar
 from lqec_jax.io.exports.export import Exported, export_model, read_record
 from lqec_jax.io.sources.flax import load_flax_checkpoint
 from lqec_jax.io.sources.source import open_folder, read_source
+from lqec_jax.io.sources.tokenizer import find_tokenizer
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
@@ -214,8 +215,10 @@ def compress(
                   seed=seed, eval=eval, dtype=dtype)  # fmt: skip
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    reporter.say(job.text_in_words)
+    if run.artifact is not None:
+        return _name(run, load_artifact(run.artifact, job.dtype))
     try:
-        reporter.say(job.text_in_words)
         driver = Driver(job.source, job.recipe, job.text, run, seed, job.dtype, mesh, reporter)
         params = driver.compress()
         report = build_report(run.state, recipe=str(job.recipe), seed=seed,
@@ -277,6 +280,8 @@ def finetune(
     job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    if run.artifact is not None:
+        return _name(run, load_artifact(run.artifact, job.model.dtype))
     try:
         tuned = run_tuning(job, run, mesh, reporter)
         if out is not None:
@@ -346,12 +351,20 @@ def _check_stored(verb: str, model: Model) -> None:
 
 
 def _finish(run: Run, model: Model) -> Model:
-    """Writes the artifact beside the run, gives it its name, and reads it back."""
-    artifact = Path(tempfile.mkdtemp(prefix="artifact-", dir=run.folder))
-    artifact.chmod(0o755)
-    write_artifact(model, artifact)
-    run.finish(artifact)
-    return load_artifact(run.out, model.dtype)
+    """Writes the artifact beside the run, checks that it holds the model, and gives it its name."""
+    folder = run.begin_artifact()
+    write_artifact(model, folder)
+    stored = load_artifact(folder, model.dtype)
+    if not equal_trees(stored.params, model.params):
+        raise OSError(errno.EIO, "what was read back is not what was written", str(folder))
+    run.commit(artifact=True)
+    return _name(run, stored)
+
+
+def _name(run: Run, stored: Model) -> Model:
+    """Gives a whole artifact its name."""
+    run.finish(run.artifact)
+    return dataclasses.replace(stored, folder=run.out, tokenizer=find_tokenizer(run.out))
 
 
 def _check_inputs(x: Any, w: jax.Array) -> jax.Array:

@@ -50,6 +50,11 @@ class Recipe:
         return max((step.arguments.get("batch", 0) for step in trained), default=0)
 
     @property
+    def reads_dense_again(self) -> bool:
+        """Says whether dense weights are read for more than compressing them block by block."""
+        return any(step.scope == "model" for step in self.steps) or "fisher" in self.needs
+
+    @property
     def reads_student(self) -> bool:
         """Says whether some step reads what the student computes inside."""
         return bool(self.needs) or any(step.scope == "block" for step in self.steps)

@@ -6,13 +6,14 @@ On a CPU host and device are one memory, and the host's peak holds both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from lqec_jax.core.types import Step
 from lqec_jax.core.walking import STREAM_TOKENS
+from lqec_jax.io.sources.source import keeps_blocks
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import count_kept, needs_remat
 from lqec_jax.planning.sizes import Sizes
@@ -62,13 +63,15 @@ def estimate_phases(
     Args:
       one_window: training walks a batch one window at a time, `accumulate` equal to `batch`.
     """
-    phases = [_stream(sizes, recipe, text, on_cpu)]
+    phases = [_add_host(_stream(sizes, recipe, text, on_cpu), _dense_kept(sizes, recipe))]
     for step in recipe.steps:
         if step.scope == "block":
-            phases.append(_train_block(sizes, step, text, on_cpu))
+            phase = _train_block(sizes, step, text, on_cpu)
+            phases.append(_add_host(phase, _dense_kept(sizes, recipe)))
         if step.scope == "model":
             remat = needs_remat(sizes.config, text.seqlen, recipe.largest_batch)
-            phases.append(_train(sizes, step, text, on_cpu, one=one_window, remat=remat))
+            phase = _train(sizes, step, text, on_cpu, one=one_window, remat=remat)
+            phases.append(_add_host(phase, _dense_kept(sizes, recipe)))
     return phases
 
 
@@ -101,12 +104,24 @@ def run_bytes(sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool) -> int:
     return teacher + student + max(answers, predictions) + fisher + kept
 
 
+def _dense_kept(sizes: Sizes, recipe: Recipe) -> dict[str, int]:
+    """Returns the dense blocks that a run keeps, if it does."""
+    if not (recipe.reads_dense_again and keeps_blocks(sizes.dense_block, sizes.config)):
+        return {}
+    return {"dense blocks, kept for later phases": sizes.config.layers * sizes.dense_block}
+
+
+def _add_host(phase: Phase, more: Mapping[str, int]) -> Phase:
+    return replace(phase, host={**phase.host, **more})
+
+
 def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
     width = _compute_bytes(on_cpu)
     tokens = min(STREAM_TOKENS, text.windows * text.seqlen) // text.seqlen * text.seqlen
     host = {
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both ends of a stream, as mapped files": 2 * _slot(sizes, text.windows, text, on_cpu),
     }
     device = {
@@ -134,6 +149,7 @@ def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both streams and the answers, as mapped files": 3
         * _slot(sizes, text.windows, text, on_cpu),
     }
@@ -159,7 +175,7 @@ def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, *, one: bool, rem
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "the teacher's answers, as a mapped file": _slot(sizes, text.windows, text, on_cpu),
-        # Blocks are read one by one and stacked, and come back to be written.
+        # Blocks are kept on the host one by one, and come back to be written.
         "the compressed model again, to be read and written": sizes.config.layers * sizes.block,
     }
     device = {

@@ -7,6 +7,7 @@ import pytest
 
 from lqec_jax.core.tree import (
     combine,
+    equal_trees,
     get_at,
     is_compressed,
     partition,
@@ -142,3 +143,17 @@ def test_gradients_of_the_trained_half_alone():
 def test_refuses_an_unknown_selection():
     with pytest.raises(InputError, match="select='adaptors' is unknown; did you mean 'adapters'"):
         partition(block(), "adaptors")
+
+
+def test_equal_trees_are_of_the_same_nodes_and_bytes():
+    leaf = compressed()
+    nan = {"a": jnp.array([jnp.nan, 0.0], jnp.bfloat16), "b": np.zeros((), np.int32)}
+    assert equal_trees(leaf, compressed()) and equal_trees(nan, dict(nan))
+    assert equal_trees({"a": np.arange(6).reshape(2, 3).T}, {"a": np.arange(6).reshape(2, 3).T})
+    assert not equal_trees(leaf, compressed(seed=1)) and not equal_trees(leaf, compressed(rank=3))
+    assert not equal_trees(leaf, compressed(zeros=False))
+    zero = np.zeros(2, np.float32)
+    assert not equal_trees({"a": zero}, {"a": -zero})
+    assert not equal_trees({"a": zero}, {"a": zero.astype(np.int32)})
+    assert not equal_trees({"a": zero}, {"a": zero.reshape(2, 1)})
+    assert not equal_trees({"a": zero}, {"b": zero})

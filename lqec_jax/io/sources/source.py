@@ -1,7 +1,7 @@
 """What lies in a folder, decided once, and where dense weights are read from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,10 @@ from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import Family
 from lqec_jax.models.model import Model
+
+# Dense blocks that take no more than so many bytes together are read once, where several phases of
+# a run read them; those of a larger model are read again.
+KEPT_BYTES = 2**28
 
 # Ours; one of our exports but 'hf', whose folder is a dense checkpoint; safetensors as Hugging Face
 # lays them out; transformers' flax_model.msgpack; no weights, perhaps a config.json.
@@ -152,3 +156,23 @@ def make_source(model: Model) -> Source:
         tokenizer=model.tokenizer,
         folder=model.folder,
     )
+
+
+def keep_blocks(source: Source) -> Source:
+    """Returns the source with each block read once, where all of them take little memory."""
+    kept: dict[int, Params] = {}
+
+    def block(layer: int) -> Params:
+        if layer in kept:
+            return kept[layer]
+        read = source.block(layer)
+        if keeps_blocks(sum(leaf.nbytes for leaf in jax.tree.leaves(read)), source.config):
+            kept[layer] = read
+        return read
+
+    return replace(source, block=block)
+
+
+def keeps_blocks(block_bytes: int, config: ModelConfig) -> bool:
+    """Says whether `keep_blocks` keeps blocks of so many bytes each."""
+    return block_bytes * config.layers <= KEPT_BYTES
