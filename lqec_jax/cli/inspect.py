@@ -78,6 +78,7 @@ def _describe_artifact(folder: Path) -> dict[str, Any]:
         for row in _rows(path, [get_at(block, path) for block in tree["blocks"]])
     ]
     weights = sum(row["count"] * row["d_in"] * row["d_out"] for row in linears)
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     return {
         "kind": "artifact",
         **_model(config, checkpoint),
@@ -87,7 +88,8 @@ def _describe_artifact(folder: Path) -> dict[str, Any]:
         "versions": meta.get("versions", {}),
         "bits_per_weight": 8 * sum(row["stored_bytes"] for row in linears) / weights,
         "linears": linears,
-        "stages": _stages(read_json(folder / REPORT) if (folder / REPORT).is_file() else {}),
+        "stages": _stages(report),
+        "data": [fit["data"]["file"] for fit in report.get("fits", []) if "data" in fit],
     }
 
 
@@ -186,6 +188,8 @@ def _print_artifact(facts: Mapping[str, Any]) -> None:
     print_linears(facts["linears"])
     print_line(f"{facts['bits_per_weight']:.4f} bits per weight")
     print_line(f"recipe: {facts['recipe']}")
+    for name in facts["data"]:
+        print_line(f"finetune: on the rows of {name}, not on a calibration text")
     print_line(f"seed {facts['seed']}, made from {facts['base_fingerprint']}")
     print_stages(facts["stages"])
 

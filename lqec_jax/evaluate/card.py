@@ -72,6 +72,10 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         "hub_id" in base) else f"`{name}`" if name else "a dense model"  # fmt: skip
     yield f"\nMade from {origin} with `lqec_jax`, by the recipe\n"
     yield f"```\n{report.get('recipe', '')}\n```"
+    for fit in report.get("fits", ()):
+        if "data" in fit:
+            yield f"\nThere `{fit['method']}` stands for a training on the rows of"
+            yield f"`{fit['data']['file']}`, not on a calibration text."
     if "seed" in report:
         yield f"\nand seed {report['seed']}. The recipe is written with all its defaults."
     yield from _results(report)

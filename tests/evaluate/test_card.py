@@ -97,3 +97,10 @@ def test_strange_text_survives_in_the_front_matter(tmp_path):
     front = front_of(render_card({**REPORT, "base": base}), tmp_path)
     assert front["license_name"] == "yes: no"
     assert yaml.safe_load(yaml.safe_dump(front)) == front
+
+
+def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
+    fits = [{"method": "rilq"}, {"method": "finetune", "data": {"file": "rows.jsonl"}}]
+    told = " ".join(render_card({**REPORT, "fits": fits}).split())
+    assert "There `finetune` stands for a training on the rows of `rows.jsonl`, not on" in told
+    assert "not on a calibration text" not in render_card({**REPORT, "fits": fits[:1]})
