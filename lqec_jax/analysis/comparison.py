@@ -39,8 +39,9 @@ from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.runs.folder import STATE, partial_folder
-from lqec_jax.runs.job import Job, make_windows, prepare
+from lqec_jax.runs.job import Job, prepare
 from lqec_jax.runs.linears import preview
+from lqec_jax.runs.text import make_windows, name_protocol
 
 RESULTS, TABLE, PAGE, ROWS = "results.json", "results.csv", "report.html", "rows"
 COLUMNS = ("recipe", "seed", "bits_per_weight", "ppl", "low", "high", "nll", "kl", "top1", "tokens",
@@ -113,8 +114,8 @@ def compare(
     notes = list(job.text.notes)
     held_out = read_held_out(job, text, seqlen, text_windows, protocol, notes.append)
     _check_entries(job, entries)
-    board = _Board.begin(folder, saved, job, held_out, f"{_name(text, protocol)}/{seqlen}")
-    scorer = Scorer(model, held_out, _name(text, protocol), dtype)
+    board = _Board.begin(folder, saved, job, held_out, f"{name_protocol(text, protocol)}/{seqlen}")
+    scorer = Scorer(model, held_out, name_protocol(text, protocol), dtype)
     reporter = reporter or Silent()
     for line in notes:
         reporter.say(line)
@@ -212,13 +213,8 @@ def read_held_out(
     if isinstance(text, str | Path):
         limit = None if windows is None else windows * seqlen
         options = {"seqlen": seqlen, "limit": limit, "note": note}
-        text = load_tokens(text, job.tokenizer, protocol, **options)
+        text = load_tokens(text, job.source.tokenizer, protocol, **options)
     return make_windows(job.source.config, text, seqlen, windows)
-
-
-def _name(text: Any, protocol: str) -> str:
-    is_text = isinstance(text, str | Path) and Path(text).suffix != ".npy"
-    return protocol if is_text else "tokens"
 
 
 # ---- a row
@@ -322,7 +318,7 @@ class _Board:
         settings = named | {"text": text, "protocol": protocol}
         if saved is None:
             fresh = {
-                "model": describe_base(job.folder)["name"],
+                "model": describe_base(job.source.folder)["name"],
                 "protocol": protocol,
                 "settings": settings,
                 "environment": describe_environment(),

@@ -34,7 +34,7 @@ def evaluate(
     check_json(json)
     from lqec_jax import api
     from lqec_jax.evaluate.report import make_finite
-    from lqec_jax.runs.job import read_windows
+    from lqec_jax.runs.text import read_windows
 
     row, notes = {"model": model, "text": text, "against": against}, []
     with reporting(quiet) as reporter:

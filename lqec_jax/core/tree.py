@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_kernels.formats import CompressedLinear
@@ -53,6 +54,20 @@ def unstack_blocks(segments: Sequence[Params]) -> list[Params]:
 def _signature(tree: Params) -> tuple:
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def equal_trees(left: Params, right: Params) -> bool:
+    """Says whether two trees are made of the same nodes, dtypes and bytes."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=False)
+    return jax.tree.structure(left) == jax.tree.structure(right) and all(
+        a.dtype == b.dtype and a.shape == b.shape and bool((_bytes(a) == _bytes(b)).all())
+        for a, b in pairs
+    )
+
+
+def _bytes(array: Any) -> np.ndarray:
+    # Of bytes, because NaN differs from itself and 0.0 equals -0.0.
+    return np.ascontiguousarray(jax.device_get(array)).reshape(-1).view(np.uint8)
 
 
 def is_compressed(node: Any) -> bool:

@@ -87,6 +87,10 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     recipe = str(report.get("recipe", ""))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     yield f"{fence}\n{recipe}\n{fence}"
+    for fit in report.get("fits", ()):
+        if "data" in fit:
+            yield f"\nThere {_code(fit['method'])} stands for a training on the rows of"
+            yield f"{_code(fit['data']['file'])}, not on a calibration text."
     if "seed" in report:
         yield f"\nand seed {report['seed']}. The recipe is written with all its defaults."
     yield from _results(report)

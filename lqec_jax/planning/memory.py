@@ -6,18 +6,19 @@ On a CPU host and device are one memory, and the host's peak holds both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from lqec_jax.core.types import Step
 from lqec_jax.core.walking import STREAM_TOKENS
+from lqec_jax.io.sources.source import keeps_blocks
 from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.decoder import count_kept, needs_remat
 from lqec_jax.planning.sizes import Sizes
 from lqec_jax.planning.training import Training, read_training
 from lqec_jax.recipe import Recipe
-from lqec_jax.runs.driver import REMAT_BYTES
 from lqec_jax.train.vocabulary import VOCAB_CHUNK
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.reference import TILE_ELEMENTS
@@ -62,14 +63,17 @@ def estimate_phases(
     Args:
       one_window: training walks a batch one window at a time, `accumulate` equal to `batch`.
     """
-    phases = [_stream(sizes, recipe, text, on_cpu)]
+    phases = [_add_host(_stream(sizes, recipe, text, on_cpu), _dense_kept(sizes, recipe))]
     for step in recipe.steps:
         if step.scope == "block":
             training = read_training(step)
             of = _train_on_moments if training.on_moments else _train_block
-            phases.append(of(sizes, step, training, text, on_cpu))
+            phase = of(sizes, step, training, text, on_cpu)
+            phases.append(_add_host(phase, _dense_kept(sizes, recipe)))
         if step.scope == "model":
-            phases.append(_train(sizes, step, text, on_cpu, one_window))
+            remat = needs_remat(sizes.config, text.seqlen, recipe.largest_batch)
+            phase = _train(sizes, step, text, on_cpu, one=one_window, remat=remat)
+            phases.append(_add_host(phase, _dense_kept(sizes, recipe)))
     return phases
 
 
@@ -103,12 +107,24 @@ def run_bytes(sizes: Sizes, recipe: Recipe, text: TextSize, *, on_cpu: bool) -> 
     return teacher + student + max(answers, predictions) + fisher + kept
 
 
+def _dense_kept(sizes: Sizes, recipe: Recipe) -> dict[str, int]:
+    """Returns the dense blocks that a run keeps, if it does."""
+    if not (recipe.reads_dense_again and keeps_blocks(sizes.dense_block, sizes.config)):
+        return {}
+    return {"dense blocks, kept for later phases": sizes.config.layers * sizes.dense_block}
+
+
+def _add_host(phase: Phase, more: Mapping[str, int]) -> Phase:
+    return replace(phase, host={**phase.host, **more})
+
+
 def _stream(sizes: Sizes, recipe: Recipe, text: TextSize, on_cpu: bool) -> Phase:
     width = _compute_bytes(on_cpu)
     tokens = min(STREAM_TOKENS, text.windows * text.seqlen) // text.seqlen * text.seqlen
     host = {
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both ends of a stream, as mapped files": 2 * _slot(sizes, text.windows, text, on_cpu),
     }
     device = {
@@ -136,6 +152,7 @@ def _train_block(
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both streams and the answers, as mapped files": 3
         * _slot(sizes, text.windows, text, on_cpu),
     }
@@ -145,7 +162,7 @@ def _train_block(
         "what is trained, its moments, the best": KEPT * trained,
         "gradients": PASSING * trained,
         "its weights as they would be stored, and their gradients": 2 * 4 * _block_weights(sizes),
-        "activations": tokens * (_block_width(sizes.config) + 3 * sizes.config.d_model) * width,
+        "activations": tokens * (count_kept(sizes.config) + 3 * sizes.config.d_model) * width,
     }
     return Phase(f"{step.name}, one block", host, device)
 
@@ -160,6 +177,7 @@ def _train_on_moments(
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both streams, as mapped files": 2 * _slot(sizes, text.windows, text, on_cpu),
     }
     # Of the training windows and of the others, beside two sums of tokens that grow into them.
@@ -184,23 +202,23 @@ def _count_trained_of_each(sizes: Sizes, step: Step) -> list[int]:
     return [step.count(leaf) for leaf in leaves]
 
 
-def _train(sizes: Sizes, step: Step, text: TextSize, on_cpu: bool, one: bool) -> Phase:
+def _train(
+    sizes: Sizes, step: Step, text: TextSize, on_cpu: bool, *, one: bool, remat: bool
+) -> Phase:
     width, trained = _compute_bytes(on_cpu), 4 * _count_trained(sizes, step)
     training = read_training(step)
     at_once = 1 if one else training.count_at_once(text.seqlen, _backend(on_cpu))
     tokens, config = at_once * text.seqlen, sizes.config
-    # As `runs.driver` chooses: blocks are recomputed where keeping them would take too much.
-    all_kept = 4 * training.schedule.batch * text.seqlen * config.layers * _block_width(config)
     host = {
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "the teacher's answers, as a mapped file": _slot(sizes, text.windows, text, on_cpu),
-        # Blocks are read one by one and stacked, and come back to be written.
+        # Blocks are kept on the host one by one, and come back to be written.
         "the compressed model again, to be read and written": sizes.config.layers * sizes.block,
     }
     device = {
         "the compressed model": sizes.student,
-        **update_parts(config, trained, tokens, width, recomputed=all_kept > REMAT_BYTES),
+        **update_parts(config, trained, tokens, width, recomputed=remat),
         "tiles of dense weights": tile_bytes(sizes.largest),
     }
     if predictions := training.schedule.batch * text.seqlen * _scratch(sizes, step):
@@ -219,7 +237,7 @@ def update_parts(
       width: bytes of an activation.
       recomputed: of a block nothing is kept but its input.
     """
-    block, inputs = _block_width(config) * width, config.layers * config.d_model * width
+    block, inputs = count_kept(config) * width, config.layers * config.d_model * width
     chunk = min(config.vocab_size, VOCAB_CHUNK)
     head = chunk * config.d_model * 4 if config.vocab_size > VOCAB_CHUNK else 0
     return {
@@ -251,11 +269,6 @@ def _count_trained(sizes: Sizes, step: Step) -> int:
 def _slot(sizes: Sizes, windows: int, text: TextSize, on_cpu: bool) -> int:
     """Returns the bytes of one end of a stream."""
     return windows * text.seqlen * sizes.config.d_model * _compute_bytes(on_cpu)
-
-
-def _block_width(config: ModelConfig) -> int:
-    """Returns the numbers a block keeps of one token until its backward pass."""
-    return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
 
 
 def _block_weights(sizes: Sizes) -> int:

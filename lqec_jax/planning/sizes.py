@@ -14,8 +14,8 @@ from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import name_arrays
 from lqec_jax.io.artifact.leaves import name_format
 from lqec_jax.io.files import measure_tensors, read_json
-from lqec_jax.io.sources.hf import Checkpoint, check_tensors, find_folder
-from lqec_jax.io.tensor_file import INDEX, SINGLE, shard_arrays
+from lqec_jax.io.sources.source import open_dense, open_folder
+from lqec_jax.io.tensor_file import shard_arrays
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
@@ -156,15 +156,12 @@ def _bytes(tree: Any) -> int:
 
 def _open(name: str) -> tuple[ModelConfig, Any]:
     """Returns the model and the dtype its weights are stored in."""
-    folder = find_folder(name)
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        checkpoint = Checkpoint.open(folder)
-        config = families.read_config(checkpoint.config)
-        family = families.family(config.family)
-        check_tensors(checkpoint, family, config)
-        return config, checkpoint.dtype(family.outer_tensors(config)["embed/embedding"].name)
-    raw = read_json(folder / "config.json")
-    return families.read_config(raw), _named_dtype(folder, raw)
+    found = open_folder(name)
+    if found.kind in ("bare", "flax"):  # of Flax weights the headers say nothing
+        raw = read_json(found.folder / "config.json")
+        return families.read_config(raw), _named_dtype(found.folder, raw)
+    checkpoint, config, family = open_dense(found)
+    return config, checkpoint.dtype(family.outer_tensors(config)["embed/embedding"].name)
 
 
 def _named_dtype(folder: Any, raw: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from lqec_jax.core.tree import (
     drop_corrections,
     drop_input_grids,
     each_block,
+    equal_trees,
     get_at,
     has_input_grids,
     is_compressed,
@@ -175,3 +176,17 @@ def test_input_grids_go_and_nothing_else():
     came = drop_input_grids(params)
     assert came["q"].input_grid is None and came["q"].base is leaf.base
     assert came["q"].corrections is leaf.corrections and came["norm"] is params["norm"]
+
+
+def test_equal_trees_are_of_the_same_nodes_and_bytes():
+    leaf = compressed()
+    nan = {"a": jnp.array([jnp.nan, 0.0], jnp.bfloat16), "b": np.zeros((), np.int32)}
+    assert equal_trees(leaf, compressed()) and equal_trees(nan, dict(nan))
+    assert equal_trees({"a": np.arange(6).reshape(2, 3).T}, {"a": np.arange(6).reshape(2, 3).T})
+    assert not equal_trees(leaf, compressed(seed=1)) and not equal_trees(leaf, compressed(rank=3))
+    assert not equal_trees(leaf, compressed(zeros=False))
+    zero = np.zeros(2, np.float32)
+    assert not equal_trees({"a": zero}, {"a": -zero})
+    assert not equal_trees({"a": zero}, {"a": zero.astype(np.int32)})
+    assert not equal_trees({"a": zero}, {"a": zero.reshape(2, 1)})
+    assert not equal_trees({"a": zero}, {"b": zero})

@@ -120,3 +120,10 @@ def test_strange_text_survives_in_the_front_matter(tmp_path):
 def test_the_pages_of_a_report_are_its_page_and_its_card():
     wanted = {"report.html": render_report(REPORT), "README.md": render_card(REPORT)}
     assert render_pages(REPORT) == wanted
+
+
+def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
+    fits = [{"method": "rilq"}, {"method": "finetune", "data": {"file": "rows.jsonl"}}]
+    told = " ".join(render_card({**REPORT, "fits": fits}).split())
+    assert "There `finetune` stands for a training on the rows of `rows.jsonl`, not on" in told
+    assert "not on a calibration text" not in render_card({**REPORT, "fits": fits[:1]})

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -93,24 +91,6 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict({key: _freeze(inner) for key, inner in value.items()})
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
-
-
-def read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    """Reads a file of `flax.serialization.to_bytes` as arrays by '/'-joined path.
-
-    Raises:
-      InputError: it is no msgpack, is cut short, or holds no tree of arrays.
-    """
-    try:
-        tree = flax.serialization.msgpack_restore(path.read_bytes())
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as err:
-        reason = " ".join(str(err).split())[:200] or type(err).__name__
-        raise InputError(
-            f"{path}: not a whole Flax msgpack file ({reason}); download it again"
-        ) from err
-    if not isinstance(tree, Mapping):
-        raise InputError(f"{path}: holds a {type(tree).__name__}, wanted a tree of parameters")
-    return flatten_dict(tree, sep="/")
 
 
 def _unpack(params: Params) -> Params:

@@ -10,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.files import read_json
-from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.io.sources.tokenizer import find_tokenizer
 from lqec_jax.io.tensor_file import INDEX, SINGLE
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
@@ -49,8 +52,6 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
       InputError: as `from_flax`; a file is missing or damaged.
     Cost: host memory of the whole file once more than the model.
     """
-    from lqec_jax.io.exports.flax import read_msgpack
-
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     files = [folder / MSGPACK]
@@ -71,8 +72,26 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
                 "shards are of two versions, download them again"
             )
         flat |= shard
-    tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
-    return replace(from_flax(raw, flat), tokenizer=tokenizer, folder=folder, dtype=dtype)
+    model = from_flax(raw, flat)
+    return replace(model, tokenizer=find_tokenizer(folder), folder=folder, dtype=dtype)
+
+
+def read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    """Reads a file of `flax.serialization.to_bytes` as arrays by '/'-joined path.
+
+    Raises:
+      InputError: it is no msgpack, is cut short, or holds no tree of arrays.
+    """
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as err:
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
+        raise InputError(
+            f"{path}: not a whole Flax msgpack file ({reason}); download it again"
+        ) from err
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path}: holds a {type(tree).__name__}, wanted a tree of parameters")
+    return flatten_dict(tree, sep="/")
 
 
 def _read_shards(path: Path) -> list[str]:

@@ -145,6 +145,11 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
 
 
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """Opens a folder's tokenizer; None where it has none."""
+    return Tokenizer.load(folder) if has_tokenizer(folder) else None
+
+
 def _one_line(err: Exception) -> str:
     return " ".join(str(err).split())[:200] or type(err).__name__
 
