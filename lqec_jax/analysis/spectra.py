@@ -16,8 +16,8 @@ import numpy as np
 from lqec_jax.core import sites
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.tree import is_compressed, unstack_blocks
+from lqec_jax.io.sources.source import Source
 from lqec_jax.models.model import Model
-from lqec_jax.runs.driver import Source
 from lqec_kernels.formats import CompressedLinear
 
 # Every rank up to the first is shown, beyond it so many a doubling.

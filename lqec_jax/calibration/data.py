@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lqec_jax.core.arguments import check_tokens
 from lqec_jax.errors import InputError, MissingExtra, did_you_mean
 
 PROTOCOLS = ("documents", "gptq")
@@ -189,22 +190,6 @@ def split_windows(windows: np.ndarray, val_ratio: float) -> tuple[np.ndarray, np
         )
     held = min(max(round(val_ratio * n), 1), n - 1)
     return windows[: n - held], windows[n - held :]
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuses ids that the model has no embedding for; a gather would clamp them silently.
-
-    Raises:
-      InputError: an id below 0 or not below vocab_size; names the first and its flat position.
-    """
-    flat = np.asarray(tokens).reshape(-1)
-    outside = np.flatnonzero((flat < 0) | (flat >= vocab_size))
-    if outside.size:
-        at = int(outside[0])
-        raise InputError(
-            f"token {at} is id {int(flat[at])}, outside the model's vocabulary of {vocab_size} "
-            f"({outside.size} such); use this model's own tokenizer"
-        )
 
 
 def _check_protocol(protocol: str) -> None:

@@ -14,19 +14,16 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lqec_jax.calibration.data import drop_bos
+from lqec_jax.calibration.data import Encoder, drop_bos
 from lqec_jax.errors import InputError
 
 WANTED = '{"text": ...} or {"prompt": ..., "completion": ...}'
 
 
-class Encoder(Protocol):
-    """What `read_examples` needs of a tokenizer; `encode` adds no special token."""
+class RowEncoder(Encoder, Protocol):
+    """What `read_examples` needs of a tokenizer: also the token that ends a row."""
 
-    bos_id: int | None
     eos_id: int | None
-
-    def encode(self, text: str) -> Sequence[int]: ...
 
 
 class Examples(NamedTuple):
@@ -47,7 +44,7 @@ class Examples(NamedTuple):
     own_ends: int = 0
 
 
-def read_examples(source: str | Path, tokenizer: Encoder, seqlen: int) -> Examples:
+def read_examples(source: str | Path, tokenizer: RowEncoder, seqlen: int) -> Examples:
     """Reads a .jsonl of examples.
 
     Args:
@@ -82,7 +79,9 @@ def weigh(learned: np.ndarray) -> np.ndarray:
     return (learned * (len(learned) / learned.sum())).astype(np.float32)
 
 
-def _encode(tokenizer: Encoder, prompt: str | None, completion: str) -> tuple[list[int], int, bool]:
+def _encode(
+    tokenizer: RowEncoder, prompt: str | None, completion: str
+) -> tuple[list[int], int, bool]:
     """Returns a row's tokens, where learning begins (at least 1), whether it brought own ends."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

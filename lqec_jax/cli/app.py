@@ -27,7 +27,7 @@ from lqec_jax.errors import CheckFailed, InputError, shorten
 USAGE_ERROR = typer.BadParameter.__base__
 # What a disk or its owner refuses: nothing the program did wrong.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
-        errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP}  # fmt: skip
+        errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.EIO}  # fmt: skip
 TRACEBACK = "LQEC_TRACEBACK"
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

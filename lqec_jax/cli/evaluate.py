@@ -1,35 +1,30 @@
 """`lqec eval`: perplexity, and the distance to a teacher."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import TEXTS, AnyModel, Dtype, NumbersJson, flag, option
 
-Text = Annotated[str, typer.Option("--text", metavar="FILE",
-    help=".txt, .jsonl, .parquet, a .npy of token ids, or hf:NAME.")]  # fmt: skip
-Seqlen = Annotated[int, typer.Option(metavar="N", help="Tokens of a window, each fed alone.")]
-Windows = Annotated[int | None, typer.Option(metavar="N", help="Only the first so many windows.")]
-Protocol = Annotated[str, typer.Option(metavar="P",
-    help="How documents become windows: documents or gptq.")]  # fmt: skip
-Against = Annotated[str | None, typer.Option(metavar="TEACHER",
-    help="Also KL(teacher || model) and how often their first choices agree.")]  # fmt: skip
-Dtype = Annotated[str, typer.Option(metavar="D",
-    help="Of activations: float32, bfloat16 or auto.")]  # fmt: skip
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The numbers as JSON, to FILE or standard output.")]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+ScoredText = option(str, "FILE", TEXTS)
+Seqlen = option(int, "N", "Tokens of a window, each fed alone.")
+Windows = option(int | None, "N", "Only the first so many windows.")
+Protocol = option(str, "P", "How documents become windows: documents or gptq.")
+Against = option(
+    str | None, "TEACHER", "Also KL(teacher || model) and how often their first choices agree."
+)
+Quiet = flag("--quiet", "No progress.", "-q")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, hub id or artifact.")],
+    model: AnyModel,
     *,
-    text: Text,
+    text: ScoredText,
     seqlen: Seqlen,
     windows: Windows = None,
     protocol: Protocol = "documents",
     against: Against = None,
     dtype: Dtype = "auto",
-    json: Json = None,
+    json: NumbersJson = None,
     quiet: Quiet = False,
 ) -> None:
     """Score a model on a text: perplexity, and its distance to a teacher."""
@@ -39,7 +34,7 @@ def evaluate(
     check_json(json)
     from lqec_jax import api
     from lqec_jax.evaluate.report import make_finite
-    from lqec_jax.runs.job import read_windows
+    from lqec_jax.runs.text import read_windows
 
     row, notes = {"model": model, "text": text, "against": against}, []
     with reporting(quiet) as reporter:

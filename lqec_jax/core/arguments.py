@@ -1,9 +1,11 @@
-"""Checks of the arguments that a recipe hands to a method, each failing with one line."""
+"""Checks of the arguments of methods and verbs, each failing with one line."""
 
 import math
 import sys
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from lqec_jax.errors import InputError
 
@@ -81,3 +83,19 @@ def resolve_group(method: str, group_size: int | None, d_in: int) -> int:
             f"choose a divisor such as {smaller}, or group_size=None"
         )
     return group_size
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuses ids that the model has no embedding for; a gather would clamp them silently.
+
+    Raises:
+      InputError: an id below 0 or not below vocab_size; names the first and its flat position.
+    """
+    flat = np.asarray(tokens).reshape(-1)
+    outside = np.flatnonzero((flat < 0) | (flat >= vocab_size))
+    if outside.size:
+        at = int(outside[0])
+        raise InputError(
+            f"token {at} is id {int(flat[at])}, outside the model's vocabulary of {vocab_size} "
+            f"({outside.size} such); use this model's own tokenizer"
+        )

@@ -1,10 +1,12 @@
-"""Parameter trees: paths, stacks of blocks, and the split into what trains and what does not."""
+"""Parameter trees: paths, stacks of blocks, what is left out, and what trains and what does not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_kernels.formats import CompressedLinear
@@ -54,8 +56,54 @@ def _signature(tree: Params) -> tuple:
     return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
 
 
+def equal_trees(left: Params, right: Params) -> bool:
+    """Says whether two trees are made of the same nodes, dtypes and bytes."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=False)
+    return jax.tree.structure(left) == jax.tree.structure(right) and all(
+        a.dtype == b.dtype and a.shape == b.shape and bool((_bytes(a) == _bytes(b)).all())
+        for a, b in pairs
+    )
+
+
+def _bytes(array: Any) -> np.ndarray:
+    # Of bytes, because NaN differs from itself and 0.0 equals -0.0.
+    return np.ascontiguousarray(jax.device_get(array)).reshape(-1).view(np.uint8)
+
+
 def is_compressed(node: Any) -> bool:
     return isinstance(node, CompressedLinear)
+
+
+def drop_corrections(params: Params) -> Params:
+    """Returns the tree with every compressed weight's corrections left out."""
+
+    def drop(node: Any) -> Any:
+        return replace(node, corrections=()) if is_compressed(node) else node
+
+    return jax.tree.map(drop, params, is_leaf=is_compressed)
+
+
+def drop_input_grids(params: Params) -> Params:
+    """Returns the tree with every compressed weight reading its inputs as they come."""
+
+    def drop(node: Any) -> Any:
+        return replace(node, input_grid=None) if is_compressed(node) else node
+
+    return jax.tree.map(drop, params, is_leaf=is_compressed)
+
+
+def has_input_grids(params: Params) -> bool:
+    """Says whether some weight rounds what it reads."""
+    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
+    return any(is_compressed(leaf) and leaf.input_grid is not None for leaf in leaves)
+
+
+def each_block(params: Params) -> Iterator[Params]:
+    """Yields the blocks of a model in order, each as views of its stack on the host."""
+    for segment in params["blocks"]:
+        stack = jax.device_get(segment)
+        for layer in range(jax.tree.leaves(stack)[0].shape[0]):
+            yield jax.tree.map(lambda array, i=layer: array[i], stack)
 
 
 def partition(params: Params, select: str | Callable = "adapters") -> tuple[Params, Params]:

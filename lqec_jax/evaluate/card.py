@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lqec_jax.evaluate.page import find_methods, tabulate_stages
+from lqec_jax.core.hub_cache import find_repository, read_hub_id
+from lqec_jax.evaluate.page import PAGE, find_methods, render_report, tabulate_stages
 
 CARD = "README.md"
-CACHED = "models--"  # how the hub's cache begins a folder's name: models--org--name
+
+
+def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what people read of a report, by the name of the file: the page and the card.
+
+    Args:
+      report: as `report.build_report` returns it; any field may be missing.
+    """
+    return {PAGE: render_report(report), CARD: render_card(report)}
 
 
 def describe_base(folder: Path | None) -> dict[str, str]:
@@ -26,9 +35,9 @@ def describe_base(folder: Path | None) -> dict[str, str]:
     if folder is None:
         return {}
     place = folder.resolve()
-    base, cached = {"name": place.name}, place.parent.parent.name
-    if place.parent.name == "snapshots" and cached.startswith(CACHED):
-        hub_id = cached.removeprefix(CACHED).replace("--", "/", 1)
+    base, repository = {"name": place.name}, find_repository(place)
+    if repository is not None:
+        hub_id = read_hub_id(repository)
         base = {"name": hub_id.rpartition("/")[2], "hub_id": hub_id}
     front = read_front_matter(place / CARD)
     return base | {
@@ -78,6 +87,10 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     recipe = str(report.get("recipe", ""))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     yield f"{fence}\n{recipe}\n{fence}"
+    for fit in report.get("fits", ()):
+        if "data" in fit:
+            yield f"\nThere {_code(fit['method'])} stands for a training on the rows of"
+            yield f"{_code(fit['data']['file'])}, not on a calibration text."
     if "seed" in report:
         yield f"\nand seed {report['seed']}. The recipe is written with all its defaults."
     yield from _results(report)

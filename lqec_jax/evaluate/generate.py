@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core.arguments import check_int, check_number, check_tokens
 from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model

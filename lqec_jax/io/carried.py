@@ -8,8 +8,8 @@ that file, whatever it is, along.
 import shutil
 from pathlib import Path
 
+from lqec_jax.core.hub_cache import find_repository
 from lqec_jax.errors import InputError
-from lqec_jax.evaluate.card import CACHED
 from lqec_jax.io.sources.tokenizer import GENERATION
 from lqec_jax.models.model import Model
 
@@ -44,9 +44,7 @@ def copy_carried(model: Model, folder: Path) -> None:
 
 def _check_inside(path: Path) -> None:
     home, target = path.parent.resolve(), path.resolve()
-    roots = [home]
-    if home.parent.name == "snapshots" and home.parents[1].name.startswith(CACHED):
-        roots.append(home.parents[1])  # the hub's cache: its snapshots are links to its blobs
+    roots = {home, find_repository(home) or home}  # the cache's snapshots are links to its blobs
     if not any(target.is_relative_to(root) for root in roots):
         raise InputError(
             f"{path} is a link to {target}, outside of the model's folder, and would be copied "

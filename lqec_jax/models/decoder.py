@@ -23,6 +23,10 @@ from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.layers import Block, Norm
 from lqec_jax.models.parameters import linear_sites, outer_shapes, with_constants
 
+# Activations of a training update, in bytes of float32, above which blocks are recomputed. A batch
+# counts as one of 8 at least, so that a smaller one does not change how a run computes.
+REMAT_BYTES, LEAST_BATCH = 2**30, 8
+
 
 @lru_cache(maxsize=32)
 def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = True) -> ModelFns:
@@ -85,6 +89,17 @@ def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = Tr
         norm=norm,
         vocab_size=config.vocab_size,
     )
+
+
+def needs_remat(config: ModelConfig, seqlen: int, batch: int) -> bool:
+    """Says whether an update of `batch` windows would hold too many activations of blocks."""
+    tokens = max(batch, LEAST_BATCH) * seqlen
+    return 4 * tokens * config.layers * count_kept(config) > REMAT_BYTES
+
+
+def count_kept(config: ModelConfig) -> int:
+    """Returns how many numbers a block keeps of one token until its backward pass."""
+    return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
 
 
 def forward(config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any = jnp.float32):

@@ -4,7 +4,6 @@ The base stays packed. What is trained, and how, is the step `trainings.finetune
 gives it rows of examples in place of calibration windows.
 """
 
-import hashlib
 import inspect
 import math
 import time
@@ -16,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
 from lqec_jax.core import sites
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core.arguments import check_int, check_number, check_tokens
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.progress import Reporter
-from lqec_jax.core.tree import is_compressed, unstack_blocks
+from lqec_jax.core.tree import equal_trees, is_compressed, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
@@ -31,6 +30,7 @@ from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
 from lqec_jax.trainings.finetune import finetune
+from lqec_kernels.formats import CompressedLinear
 
 SETTINGS = frozenset(inspect.signature(finetune).parameters)
 SEQLEN = 512
@@ -78,8 +78,8 @@ class TuningJob:
         return {
             "finetune": str(self.step),
             "seed": self.seed,
-            "model": _hash(name_arrays(self.model.params)[0]),
-            "examples": _hash({"tokens": self.tokens, "weights": self.weights}),
+            "model": hash_arrays(sorted(name_arrays(self.model.params)[0].items())),
+            "examples": hash_arrays([("tokens", self.tokens), ("weights", self.weights)]),
             "dtype": np.dtype(self.model.dtype).name,
         }
 
@@ -176,6 +176,8 @@ def run_tuning(job: TuningJob, run: Run, mesh: Any, reporter: Reporter) -> Model
         "best_update": solution.best_update,
         "history": [point._asdict() for point in solution.history],
         "notes": [job.data_in_words, *solution.notes],
+        # The recipe's text cannot say it: there a finetune trains on the calibration text.
+        "data": {"file": job.facts["data"], "examples": job.fingerprint["examples"]},
     }
     recipe = f"{model.recipe} | {job.step}"
     report = _report(job, solution.params, fit, session.seconds()) | {"recipe": recipe}
@@ -222,20 +224,22 @@ def _widen(array: np.ndarray, width: int) -> np.ndarray:
 
 
 def _report(job: TuningJob, params: Params, fit: dict, seconds: float) -> dict[str, Any]:
-    """Returns the artifact's report, gone on: sizes as they are now, and one training more."""
-    before = job.model.report
-    now = {}
-    for layer, block in enumerate(unstack_blocks(params["blocks"])):
-        for path in job.model.fns.linears:
-            leaf = sites.get(block, path)
-            if is_compressed(leaf):
-                now[f"blocks/{layer}/{path}"] = leaf
+    """Returns the artifact's report, gone on: sizes as they are now, and one training more.
+
+    A weight that was trained has no `relative_error` any more, the dense one is not here to compare
+    with; what was measured last is its `relative_error_before`.
+    """
+    before, now = job.model.report, _name_weights(job.model, params)
+    had = _name_weights(job.model, job.model.params)
     weights = {name: leaf.d_in * leaf.d_out for name, leaf in now.items()}
-    linears = [
-        {**linear, "bits_per_weight": now[linear["path"]].bits_per_weight}
-        for linear in before.get("linears", [])
-        if linear["path"] in now
-    ]
+    linears = []
+    for linear in before.get("linears", []):
+        leaf = now.get(linear["path"])
+        if leaf is None:
+            continue
+        same = not fit["best_update"] or equal_trees(leaf, had[linear["path"]])
+        measured = {} if same else _forget_error(linear)
+        linears.append({**linear, **measured, "bits_per_weight": leaf.bits_per_weight})
     bits = sum(leaf.stored_bits() for leaf in now.values()) / sum(weights.values())
     environment = describe_environment() | {"compute_dtype": np.dtype(job.model.dtype).name}
     changes = {
@@ -250,9 +254,19 @@ def _report(job: TuningJob, params: Params, fit: dict, seconds: float) -> dict[s
     return make_finite({**before, **changes})
 
 
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())
-    return digest.hexdigest()
+def _name_weights(model: Model, params: Params) -> dict[str, CompressedLinear]:
+    """Returns the compressed weights by the name that a report has for them."""
+    named = {}
+    for layer, block in enumerate(unstack_blocks(params["blocks"])):
+        for path in model.fns.linears:
+            leaf = sites.get(block, path)
+            if is_compressed(leaf):
+                named[f"blocks/{layer}/{path}"] = leaf
+    return named
+
+
+def _forget_error(linear: Mapping[str, Any]) -> dict[str, Any]:
+    last = linear.get("relative_error")
+    if last is None:
+        last = linear.get("relative_error_before")
+    return {"relative_error": None, "relative_error_before": last}

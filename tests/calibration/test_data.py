@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from lqec_jax.calibration.data import (
-    check_tokens,
     cut_windows,
     load_tokens,
     read_documents,
     split_windows,
     tokenize,
 )
+from lqec_jax.core.arguments import check_tokens
 from lqec_jax.errors import InputError, MissingExtra
 from lqec_jax.io.sources.tokenizer import Tokenizer
 
@@ -403,14 +403,6 @@ def test_a_split_that_leaves_a_part_empty_is_refused():
     assert "0 calibration windows" in refusal(split_windows, np.zeros((0, 4)), 0.2)
     for ratio in (0, 1, -0.1, 1.5, float("nan")):
         assert f"val_ratio is {ratio}" in refusal(split_windows, np.zeros((4, 4)), ratio)
-
-
-def test_an_id_outside_the_vocabulary_is_named_by_position():
-    tokens = np.array([[0, 104], [3, 4]], np.int32)
-    check_tokens(tokens, 105)
-    message = refusal(check_tokens, tokens, 104)
-    assert "token 1 is id 104, outside the model's vocabulary of 104 (1 such)" in message
-    assert "token 2 is id -7" in refusal(check_tokens, np.array([1, 2, -7, 900]), 10)
 
 
 # --- the real text

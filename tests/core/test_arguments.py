@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from lqec_jax.core.arguments import (
@@ -9,6 +10,7 @@ from lqec_jax.core.arguments import (
     check_int,
     check_number,
     check_rank,
+    check_tokens,
     resolve_group,
     resolve_rank,
 )
@@ -21,7 +23,7 @@ def refusal(check, *arguments) -> str:
     with pytest.raises(InputError) as caught:
         check(*arguments)
     message = str(caught.value)
-    assert "\n" not in message and message.startswith("rtn: ")
+    assert "\n" not in message and message.startswith(("rtn: ", "token "))
     return message
 
 
@@ -108,3 +110,11 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_does(group_size, 
         f"rtn: d_in={d_in} is not divisible by group_size={group_size}; "
         f"choose a divisor such as {instead}, or group_size=None"
     )
+
+
+def test_an_id_outside_the_vocabulary_is_named_by_position():
+    tokens = np.array([[0, 104], [3, 4]], np.int32)
+    check_tokens(tokens, 105)
+    message = refusal(check_tokens, tokens, 104)
+    assert "token 1 is id 104, outside the model's vocabulary of 104 (1 such)" in message
+    assert "token 2 is id -7" in refusal(check_tokens, np.array([1, 2, -7, 900]), 10)

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card
+from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card, render_pages
+from lqec_jax.evaluate.page import render_report
 
 STAGES = [
     {"name": name, "ppl": ppl, "low": ppl - 1, "high": ppl + 1, "nll": 1.0, "tokens": 9,
@@ -114,3 +115,15 @@ def test_strange_text_survives_in_the_front_matter(tmp_path):
     front = front_of(render_card({**REPORT, "base": base}), tmp_path)
     assert front["license_name"] == "yes: no"
     assert yaml.safe_load(yaml.safe_dump(front)) == front
+
+
+def test_the_pages_of_a_report_are_its_page_and_its_card():
+    wanted = {"report.html": render_report(REPORT), "README.md": render_card(REPORT)}
+    assert render_pages(REPORT) == wanted
+
+
+def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
+    fits = [{"method": "rilq"}, {"method": "finetune", "data": {"file": "rows.jsonl"}}]
+    told = " ".join(render_card({**REPORT, "fits": fits}).split())
+    assert "There `finetune` stands for a training on the rows of `rows.jsonl`, not on" in told
+    assert "not on a calibration text" not in render_card({**REPORT, "fits": fits[:1]})

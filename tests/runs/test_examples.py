@@ -9,6 +9,7 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
+from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.examples import Rows, prepare_tuning
 from tests.io.packed_models import make_model
 
@@ -80,6 +81,40 @@ def test_what_decides_the_result_is_in_the_fingerprint(model, tmp_path):
     assert [name for name in one if one[name] != other[name]] == ["model"]
     longer = prepare(model, Rows(write(tmp_path / "longer.jsonl", 4, "abcd"))).fingerprint
     assert [name for name in one if one[name] != longer[name]] == ["examples"]
+
+
+def report_linears(model, error):
+    return {"linears": [
+        {"path": f"blocks/{layer}/{path}", "bits_per_weight": 1.0, "relative_error": error,
+         "steps": []}
+        for layer in range(model.config.layers) for path in model.fns.linears
+    ]}  # fmt: skip
+
+
+def test_a_trained_weight_has_no_error_that_was_measured_before(model, tmp_path):
+    model = replace(model, report=report_linears(model, 0.25))
+    rows = write(tmp_path / "rows.jsonl", 8)
+    settings = {"updates": 2, "batch": 4, "eval_every": 1, "lr": 0.01}
+    tuned = lqec.finetune(model, rows, **settings)
+    (fit,) = tuned.report["fits"]
+    assert fit["best_update"] > 0 and fit["data"]["file"] == "rows.jsonl"
+    assert fit["data"]["examples"] == prepare(model, Rows(rows), **settings).fingerprint["examples"]
+    for linear in tuned.report["linears"]:
+        assert linear["relative_error"] is None and linear["relative_error_before"] == 0.25
+        assert linear["bits_per_weight"] > 2
+    assert str(parse_recipe(tuned.recipe.partition(" | ")[2])) in tuned.recipe
+    # Once more: what was measured last is still the compression's.
+    again = lqec.finetune(tuned, rows, **settings).report
+    assert {linear["relative_error_before"] for linear in again["linears"]} == {0.25}
+    assert [fit["data"]["file"] for fit in again["fits"]] == ["rows.jsonl"] * 2
+
+
+def test_a_training_that_gains_nothing_leaves_what_was_measured(model, tmp_path):
+    model = replace(model, report=report_linears(model, 0.25))
+    tuned = lqec.finetune(model, write(tmp_path / "rows.jsonl", 8), updates=1, batch=4, lr=1e-30)
+    assert tuned.report["fits"][0]["best_update"] == 0
+    for linear in tuned.report["linears"]:
+        assert linear["relative_error"] == 0.25 and "relative_error_before" not in linear
 
 
 @pytest.mark.parametrize(

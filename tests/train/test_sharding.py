@@ -19,6 +19,7 @@ from lqec_jax.train.sharding import make_mesh, param_shardings
 from lqec_jax.train.update import TrainState, make_update
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
+from lqec_kernels.outliers import Outliers
 from tests.train.tiny import adapters, draw_decoder, make_config, make_plain_problem, make_problem
 
 UPDATES, BATCH = 3, 4
@@ -211,3 +212,15 @@ def test_rounded_adapters_are_split_by_their_groups():
     # d_out=256 is two devices of two groups; d_in=64 is one group, which straddles.
     assert column.b.codes.spec[-2] == column.b.scales.spec[-2] == "model"
     assert "model" not in (*column.a.codes.spec, *row.a.codes.spec, *row.b.codes.spec)
+
+
+def test_outliers_are_held_whole():
+    fns = model_fns(make_config())
+    outliers = Outliers(np.zeros((2, 4), np.uint32), np.ones((2, 4)), 64, 64)
+    leaf = CompressedLinear(Dense(np.ones((2, 64, 64))), (outliers,))
+    params = {"blocks": ({"attn": {"q": {"kernel": leaf}, "o": {"kernel": leaf}}},)}
+    shardings, _ = param_shardings(fns, params, make_mesh(model=2))
+    for path in "qo":
+        placed = get_at(shardings["blocks"][0], f"attn/{path}/kernel")
+        assert {s.spec for s in jax.tree.leaves(placed.corrections)} == {PartitionSpec(None, None)}
+        assert "model" in placed.base.w.spec

@@ -4,22 +4,26 @@ Their modules are named as in the Hugging Face checkpoint, with '/' for '.'; a k
 [d_in, d_out] already, an embedding is 'embedding', a norm's vector 'weight' or 'scale'.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import INDEX, SINGLE, read_json
-from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.io.files import read_json
+from lqec_jax.io.sources.tokenizer import find_tokenizer
+from lqec_jax.io.tensor_file import INDEX, SINGLE
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import StoredTensor
@@ -48,8 +52,6 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
       InputError: as `from_flax`; a file is missing or damaged.
     Cost: host memory of the whole file once more than the model.
     """
-    from lqec_jax.io.exports.flax import read_msgpack
-
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     files = [folder / MSGPACK]
@@ -70,8 +72,26 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
                 "shards are of two versions, download them again"
             )
         flat |= shard
-    tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
-    return replace(from_flax(raw, flat), tokenizer=tokenizer, folder=folder, dtype=dtype)
+    model = from_flax(raw, flat)
+    return replace(model, tokenizer=find_tokenizer(folder), folder=folder, dtype=dtype)
+
+
+def read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    """Reads a file of `flax.serialization.to_bytes` as arrays by '/'-joined path.
+
+    Raises:
+      InputError: it is no msgpack, is cut short, or holds no tree of arrays.
+    """
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as err:
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
+        raise InputError(
+            f"{path}: not a whole Flax msgpack file ({reason}); download it again"
+        ) from err
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path}: holds a {type(tree).__name__}, wanted a tree of parameters")
+    return flatten_dict(tree, sep="/")
 
 
 def _read_shards(path: Path) -> list[str]:
@@ -208,8 +228,5 @@ def _check_rest(named: dict[str, np.ndarray], outer: Params, config: ModelConfig
 
 
 def _fingerprint(params: Params) -> str:
-    digest = hashlib.sha256()
-    for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return hash_arrays((jax.tree_util.keystr(path), np.asarray(array)) for path, array in leaves)

@@ -6,8 +6,6 @@ orientation here and nowhere deeper: a checkpoint keeps them [d_out, d_in], we k
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +14,18 @@ import numpy as np
 
 from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.index import INERT, count, few, read_index, say_unread
+from lqec_jax.io.sources.scan import (
+    WEIGHT_DTYPES,
+    check_finite,
+    count_non_finite,
+    scan_checkpoint,
+)
 from lqec_jax.io.tensor_file import (
+    INDEX,
+    SINGLE,
     TensorEntry,
-    read_chunks,
     read_entry,
     read_header,
     read_part,
@@ -29,42 +35,8 @@ from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import Cut, Family, StoredTensor
 from lqec_jax.models.parameters import with_constants
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parents[2] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
-_WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
-_SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def read_json(path: str | Path) -> dict:
-    """Reads one JSON object.
-
-    Raises:
-      InputError: the file is missing, is not UTF-8 JSON (file and line named), or is not an object.
-    """
-    path = Path(path)
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; restore it or name another folder") from None
-    except OSError as err:
-        raise InputError(f"{path} cannot be read: {err.strerror}; wanted a JSON file") from err
-    except json.JSONDecodeError as err:
-        raise InputError(
-            f"{path}, line {err.lineno}: not JSON ({err.msg}); the file is cut short or damaged, "
-            "restore it"
-        ) from err
-    except UnicodeDecodeError as err:
-        line = err.object[: err.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text; restore the file") from err
-    except (RecursionError, ValueError) as err:  # nested without end; a number of 5000 digits
-        raise InputError(f"{path} cannot be read as JSON ({err}); restore the file") from err
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path}, line 1: holds a {type(value).__name__}, wanted an object {{...}}"
-        )
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +105,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hashes what the model is: sha256 of config.json and the weight files in name order, hex.
 
+        Weights that are not finite are refused in the same pass, see `scan.scan_checkpoint`.
+
         Cost: reads every byte once, 8 MiB at a time.
         """
-        digest = hashlib.sha256()
-        files = {entry.file for entry in self.entries.values()}
-        for path in [self.folder / "config.json", *sorted(files)]:
-            for chunk in read_chunks(path, 0, path.stat().st_size):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return scan_checkpoint(self.folder / "config.json", self.entries)
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
@@ -172,19 +141,6 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -
         )
     for name, stored in wanted.items():
         _check_shape(checkpoint, name, stored)
-
-
-def check_values(checkpoint: Checkpoint) -> None:
-    """Refuses NaN and Inf anywhere, so that hours of work do not end at the last block.
-
-    Raises:
-      InputError: names the first tensor that holds some.
-    Cost: reads every tensor once, one at a time.
-    """
-    for name in checkpoint.names():
-        array = checkpoint.read(name)
-        if array.dtype.name in _WEIGHT_DTYPES:
-            _check_finite(array, checkpoint.entries[name].file, name)
 
 
 def read_block(
@@ -240,37 +196,22 @@ def _read_tree(checkpoint: Checkpoint, tensors: dict[str, StoredTensor], dtype) 
 def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) -> np.ndarray:
     came = checkpoint.read(stored.name, stored.cut)
     where = f"{checkpoint.entries[stored.name].file}: {stored.name!r}"
-    if came.dtype.name not in _WEIGHT_DTYPES:
+    if came.dtype.name not in WEIGHT_DTYPES:
         raise InputError(
-            f"{where} is {came.dtype.name}, wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}; "
+            f"{where} is {came.dtype.name}, wanted one of {', '.join(sorted(WEIGHT_DTYPES))}; "
             "name the dense original of this checkpoint"
         )
-    _check_finite(came, checkpoint.entries[stored.name].file, stored.name)
+    check_finite(came, checkpoint.entries[stored.name].file, stored.name)
     with np.errstate(over="ignore"):  # counted below, and named
         # The transpose, the copy and the cast are one pass into one new array.
         inner = np.swapaxes(came, -1, -2) if stored.transposed else came
         weight = inner.astype(dtype, order="C", copy=stored.transposed)
-    lost = _count_non_finite(weight) if dtype == np.float16 else 0
+    lost = count_non_finite(weight) if dtype == np.float16 else 0
     if lost:
         raise InputError(
             f"{where} has {lost} values beyond the range of float16; choose bfloat16 or float32"
         )
     return weight
-
-
-def _check_finite(array: np.ndarray, file: Path, name: str) -> None:
-    bad = _count_non_finite(array)
-    if bad:
-        raise InputError(
-            f"{file}: {name!r} holds {bad} non-finite of {array.size} values (NaN or Inf), wanted "
-            "numbers; the checkpoint is damaged, download or train it again"
-        )
-
-
-def _count_non_finite(array: np.ndarray) -> int:
-    flat = array.reshape(-1)
-    starts = range(0, flat.size, _SCAN)
-    return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + _SCAN]))) for i in starts)
 
 
 def _block_tensors(family: Family, config: ModelConfig, layer: int) -> dict[str, StoredTensor]:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.files import read_json
 from lqec_jax.io.sources.chat import read_template, render_chat
-from lqec_jax.io.sources.hf import read_json
 from lqec_jax.io.sources.sentencepiece import read_normalizer
 from lqec_jax.models.raw_config import Section
 
@@ -143,6 +143,11 @@ class Tokenizer:
 def has_tokenizer(folder: str | Path) -> bool:
     """Says whether a folder has a tokenizer of any kind."""
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """Opens a folder's tokenizer; None where it has none."""
+    return Tokenizer.load(folder) if has_tokenizer(folder) else None
 
 
 def _one_line(err: Exception) -> str:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.sources.hf import Checkpoint, check_tensors, read_block, read_json, read_outer
+from lqec_jax.io.sources.hf import Checkpoint, check_tensors, read_block, read_outer
 from lqec_jax.models.families import Fused, family
 
 CONFIG = {
@@ -82,36 +82,6 @@ def refusal(call, *args):
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# --- read_json
-
-
-def test_read_json_returns_the_object(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": [1, {"b": "é"}]}', encoding="utf-8")
-    assert read_json(tmp_path / "a.json") == {"a": [1, {"b": "é"}]}
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{"a": 1,\n "b": [2,\n', "line 3: not JSON"),
-        (b'{"a": 1\n "b": 2}', "line 2: not JSON"),
-        (b"", "line 1: not JSON"),
-        (b"[1, 2]", "line 1: holds a list, wanted an object"),
-        (b'{"a":\n"\xff"}', "line 2: not UTF-8"),
-    ],
-)
-def test_read_json_names_file_and_line(tmp_path, content, said):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    message = refusal(read_json, path)
-    assert said in message and str(path) in message
-
-
-def test_read_json_missing_or_a_folder(tmp_path):
-    assert "is missing" in refusal(read_json, tmp_path / "no.json")
-    assert "cannot be read" in refusal(read_json, tmp_path)
 
 
 # --- opening
