@@ -18,7 +18,7 @@ import numpy as np
 
 from lqec_jax.calibration.data import check_tokens
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core.arguments import check_all, check_int, check_number
 from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import get_at, is_compressed, unstack_blocks
 from lqec_jax.core.types import Params, Step
@@ -132,8 +132,9 @@ def prepare_tuning(
     steps = _count_updates(len(examples.tokens), epochs, settings)
     step = finetune(**settings | steps)
     for segment in model.params["blocks"]:
-        for path in model.fns.linears:
-            step.preview(get_at(segment, f"{path}/kernel"))
+        leaves = {path: get_at(segment, f"{path}/kernel") for path in model.fns.linears}
+        sizes = {path: (leaf.d_in, leaf.d_out) for path, leaf in leaves.items()}
+        check_all(lambda path, leaves=leaves: step.preview(leaves[path]), sizes, "every block's ")
     width = max(examples.tokens.shape[1], held.tokens.shape[1])
     tokens, learned = (
         np.concatenate([_widen(part, width - short) for part in parts])
