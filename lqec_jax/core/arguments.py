@@ -15,19 +15,18 @@ class Misfit(InputError):
     """An argument that one matrix refuses; it is to suit every matrix that a recipe meets.
 
     Attributes:
-      method, given: whose argument, and as it was written, 'group_size=64'.
-      problem: what it does not do, 'does not divide'.
-      side: what of a matrix it has to suit, 'd_in' or 'min(d_in, d_out)'.
+      method: whose argument.
+      problem: what is wrong, 'd_in is not divisible by group_size=64'.
+      side: what of a matrix the argument has to suit, 'd_in' or 'min(d_in, d_out)'.
       advise: sizes of that side -> what to choose for all of them.
     """
 
     def __init__(
-        self, words: str, *, method: str, given: str, problem: str, side: str,
+        self, words: str, *, method: str, problem: str, side: str,
         advise: Callable[[list[int]], str],
     ):  # fmt: skip
         super().__init__(words)
-        self.method, self.given, self.problem, self.side = method, given, problem, side
-        self.advise = advise
+        self.method, self.problem, self.side, self.advise = method, problem, side, advise
 
     def measure(self, shape: tuple[int, int]) -> int:
         """Returns the side of a matrix [d_in, d_out]."""
@@ -38,11 +37,9 @@ class Misfit(InputError):
         by_size: dict[int, list[str]] = {}
         for path in refused:
             by_size.setdefault(self.measure(shapes[path]), []).append(path)
-        places = "; ".join(
-            f"{self.side}={size} ({where}{', '.join(paths)})" for size, paths in by_size.items()
-        )
+        places = ", ".join(f"{size} ({where}{', '.join(paths)})" for size, paths in by_size.items())
         advice = self.advise([self.measure(shape) for shape in shapes.values()])
-        return InputError(f"{self.method}: {self.given} {self.problem} {places}; {advice}")
+        return InputError(f"{self.method}: {self.problem} where that is {places}; {advice}")
 
 
 def check_all(
@@ -67,7 +64,9 @@ def check_all(
             raise InputError(f"{error} (at {where}{path})") from error
     if misfits:
         first = next(iter(misfits.values()))
-        same = [p for p, m in misfits.items() if (m.method, m.given) == (first.method, first.given)]
+        same = [
+            p for p, m in misfits.items() if (m.method, m.problem) == (first.method, first.problem)
+        ]
         raise first.over(same, shapes, where) from first
     return results
 
@@ -127,8 +126,7 @@ def resolve_rank(method: str, rank: int | float, d_in: int, d_out: int) -> int:
             f"{method}: rank={rank} is larger than min(d_in={d_in}, d_out={d_out})={largest}; "
             f"choose at most {largest}, or a fraction",
             method=method,
-            given=f"rank={rank}",
-            problem="is larger than",
+            problem=f"rank={rank} is larger than min(d_in, d_out)",
             side="min(d_in, d_out)",
             advise=lambda sizes: f"choose at most {min(sizes)}, or a fraction",
         )
@@ -148,8 +146,7 @@ def resolve_group(method: str, group_size: int | None, d_in: int) -> int:
             f"{method}: d_in={d_in} is not divisible by group_size={group_size}; "
             f"{_advise_groups([d_in], group_size)}",
             method=method,
-            given=f"group_size={group_size}",
-            problem="does not divide",
+            problem=f"d_in is not divisible by group_size={group_size}",
             side="d_in",
             advise=lambda sizes: _advise_groups(sizes, group_size),
         )

@@ -149,7 +149,10 @@ def test_opening_reads_no_block(folder, monkeypatch):
         ({"tokens": np.zeros((2, 2, 32), int)}, "int64 [2, 2, 32]; integers"),
         ({"tokens": np.full(99, 64)}, "token 0 is id 64, outside the model's vocabulary of 64"),
         ({"eval": np.zeros(31, int)}, "31 tokens do not fill one window of 32"),
-        ({"recipe": "rtn(bits=2, group_size=24)"}, "d_in=32 (every block's attn/q, attn/k,"),
+        (
+            {"recipe": "rtn(bits=2, group_size=24)"},
+            "group_size=24 where that is 32 (every block's attn/q, attn/k,",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused(folder, changes, message):
