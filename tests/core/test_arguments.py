@@ -1,6 +1,7 @@
 """Checks of recipe arguments: what passes, and the one line that refuses the rest."""
 
 import math
+
 import pytest
 
 from lqec_jax.core.arguments import (
