@@ -100,7 +100,7 @@ def tokenize(
     else:
         pieces = [bos, _encode_joined(documents, encode_bare, limit)]
     if note is not None and count.own:
-        note(f"{source}: {count.in_words}")
+        note(f"{str(source).rpartition('/')[2]}: {count.in_words}")  # goes into reports: no place
     if sum(piece.size for piece in pieces[1::2]) == 0:
         raise InputError(f"{source} has no tokens; wanted a document that has some")
     return np.concatenate(pieces)[:limit]

@@ -17,7 +17,7 @@ import numpy as np
 
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
 from lqec_jax.core import sites
-from lqec_jax.core.arguments import check_int, check_number, check_tokens
+from lqec_jax.core.arguments import check_all, check_int, check_number, check_tokens
 from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import equal_trees, is_compressed, unstack_blocks
@@ -131,8 +131,14 @@ def prepare_tuning(
     examples, held = _read(model, rows)
     steps = _count_updates(len(examples.tokens), epochs, settings)
     step = finetune(**settings | steps)
-    for _, leaf in sites.each(model.params, model.fns.sites):
-        jax.eval_shape(step.preview, leaf)
+    for segment in model.params["blocks"]:
+        leaves = sites.get_all(segment, model.fns.sites)
+        sizes = {path: (leaf.d_in, leaf.d_out) for path, leaf in leaves.items()}
+
+        def preview(path: str, leaves: dict = leaves) -> Any:
+            return jax.eval_shape(step.preview, leaves[path])
+
+        check_all(preview, sizes, "every block's ")
     width = max(examples.tokens.shape[1], held.tokens.shape[1])
     tokens, learned = (
         np.concatenate([_widen(part, width - short) for part in parts])

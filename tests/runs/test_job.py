@@ -46,7 +46,7 @@ def test_documents_with_a_bos_of_their_own_are_said(folder, tmp_path):
         words = SimpleNamespace(bos_id=bos_id, encode=lambda text: [ord(c) % 60 for c in text])
         return read_text(config, words, text, text, seqlen=SEQLEN, windows=3, val_ratio=0.5)
 
-    note = f"{text}: 2 of 3 documents bring their own BOS; none gets a second"
+    note = "a.jsonl: 2 of 3 documents bring their own BOS; none gets a second"
     assert read(1).notes == (note, note) and read(2).notes == ()
     prepared = dataclasses.replace(job(folder), text=read(1))
     assert prepared.text_in_words.endswith(f"; {note}; {note}")
@@ -106,7 +106,10 @@ def test_sizes_are_known_from_shapes_alone(folder):
         ({"tokens": np.zeros((2, 2, 32), int)}, "int64 [2, 2, 32]; integers"),
         ({"tokens": np.full(99, 64)}, "token 0 is id 64, outside the model's vocabulary of 64"),
         ({"eval": np.zeros(31, int)}, "31 tokens do not fill one window of 32"),
-        ({"recipe": "rtn(bits=2, group_size=24)"}, "(at every block's attn/q)"),
+        (
+            {"recipe": "rtn(bits=2, group_size=24)"},
+            "group_size=24 where that is 32 (every block's attn/q, attn/k,",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused(folder, changes, message):

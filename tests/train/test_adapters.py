@@ -8,9 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from lqec_jax.core.linear import linear
-from lqec_jax.errors import InputError
 from lqec_jax.train.adapters import (
     DEFAULT_RANK,
     LR_TIMES_WIDTH,
@@ -22,6 +19,9 @@ from lqec_jax.train.adapters import (
     preview_adapters,
     store_adapters,
 )
+
+from lqec_jax.core.linear import linear
+from lqec_jax.errors import InputError
 from lqec_jax.train.update import init_state, make_update
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lqec_jax.train.block_fit import Trainable, fit_bases, fit_block
 
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.train.block_fit import Trainable, fit_bases, fit_block
 from lqec_kernels.formats import CompressedLinear, Dense
 from tests.train.tiny import make_block_problem
 

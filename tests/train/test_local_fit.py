@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lqec_jax.train.local_fit import train_block_adapters
 
 from lqec_jax.core.closed_form import reduce_rank
 from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.tree import get_at
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize
-from lqec_jax.train.local_fit import train_block_adapters
 from lqec_jax.trainings.rilq import rilq
 from lqec_kernels.formats import CompressedLinear, LowRank
 from tests.train.tiny import make_block_problem

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from lqec_jax.train.block_fit import build_block, is_trained
 
 from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.models.decoder import model_fns
-from lqec_jax.train.block_fit import build_block, is_trained
 from lqec_jax.train.losses import lrec_terms, next_token_nll, rilq_terms
 from lqec_jax.train.update import choose_options, init_state, make_update
 from lqec_jax.trainings.apiq import make_trainable

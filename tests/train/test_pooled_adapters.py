@@ -7,12 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from lqec_jax.core.bases import mask_base
-from lqec_jax.core.linear import linear
-from lqec_jax.core.types import ModelProblem
-from lqec_jax.errors import InputError
-from lqec_jax.runs.checkpoints import Checkpoints
 from lqec_jax.train.adapters import (
     LR_TIMES_WIDTH,
     add_adapter,
@@ -22,6 +16,12 @@ from lqec_jax.train.adapters import (
     map_linears,
     store_adapters,
 )
+
+from lqec_jax.core.bases import mask_base
+from lqec_jax.core.linear import linear
+from lqec_jax.core.types import ModelProblem
+from lqec_jax.errors import InputError
+from lqec_jax.runs.checkpoints import Checkpoints
 from lqec_jax.train.update import init_state, make_update
 from lqec_jax.trainings.rilq import rilq
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lqec_jax.train.adapters import map_linears
+from lqec_jax.train.tuning import Tuning, make_rate, make_selection, tune
 
 from lqec_jax.core.tree import combine, get_at, partition
 from lqec_jax.errors import InputError
 from lqec_jax.models.decoder import init_params
 from lqec_jax.train import tuning
-from lqec_jax.train.adapters import map_linears
-from lqec_jax.train.tuning import Tuning, make_rate, make_selection, tune
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.sparse import Masked
 from tests.train.tiny import make_config, make_plain_problem

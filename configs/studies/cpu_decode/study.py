@@ -31,12 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from lqec_jax.train.adapters import make_optimizer
 
 import lqec_jax as lqec
 from lqec_jax.core.types import ModelProblem
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.stepping import step_fns
-from lqec_jax.train.adapters import make_optimizer
 from lqec_jax.train.update import count_parts, init_state, make_update
 from lqec_jax.trainings.rilq import make_objective, rilq
 from lqec_kernels import Affine, CompressedLinear, Dense, packed_matmul, reference, unpack
