@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from lqec_kernels import Codebook, prepare
+from lqec_kernels import Codebook
 from lqec_kernels.level_planes import LevelPlanes
-from tests.kernels.products import draw_codebook
+from tests.kernels.products import dense_of, draw_codebook, prepare
 
 KINDS = {
     "a table": lambda: draw_codebook(4, 320, 6, group=64),
@@ -17,11 +17,6 @@ KINDS = {
         np.arange(80).reshape(40, 2) % 8, np.float32([[3]]), table="nf3", group_size=40, d_in=40
     ),
 }
-
-
-@jax.jit
-def dense_of(base):
-    return base.dense()
 
 
 @pytest.mark.parametrize("kind", KINDS)

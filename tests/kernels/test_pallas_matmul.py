@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.models.stepping import step_fns
-from lqec_kernels import CompressedLinear, LowRank, prepare, use
+from lqec_kernels import CompressedLinear, LowRank, use
 from lqec_kernels.api import packed_matmul
 from lqec_kernels.pallas_matmul import choose_config, choose_gpu_config, pallas_matmul
 from lqec_kernels.tuning import Config
@@ -29,6 +29,7 @@ from tests.kernels.products import (
     draw_codebook,
     draw_sparse,
     multiply_densely,
+    prepare,
 )
 
 multiply = partial(packed_matmul, implementation="pallas")

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_kernels import prepare
 from lqec_kernels.pallas_matmul import pallas_matmul
 from lqec_kernels.pallas_pairs import can_pair, interleave, multiply_pairs, open_pairs
 from lqec_kernels.planes import join_planes
-from tests.kernels.products import assert_near, draw, draw_affine, multiply_densely
+from tests.kernels.products import assert_near, draw, draw_affine, multiply_densely, prepare
 
 
 def test_the_halves_of_a_unit_lie_one_in_the_other():

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from lqec_kernels import prepare
+import lqec_kernels
 from lqec_kernels.planes import join_planes
 from lqec_kernels.sparse import Sparse24
 from lqec_kernels.sparse_planes import SparsePlanes
-from tests.kernels.products import draw_affine, draw_sparse
+from tests.kernels.products import dense_of, draw_affine, draw_sparse, prepare
 
 KINDS = {
     "3 bits": lambda: draw_sparse(3, 320, 6, group=32),
@@ -16,11 +16,6 @@ KINDS = {
     "one group of odd fours": lambda: draw_sparse(2, 36, 6, group=36, kind="symmetric"),
     "a stack": lambda: draw_sparse(2, 64, 6, group=16, lead=(2,)),
 }
-
-
-@jax.jit
-def dense_of(base):
-    return base.dense()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +57,7 @@ def test_units_and_groups_are_not_parted():
 
 def test_what_no_kernel_could_read_stays():
     five = draw_sparse(5, 64, 6, group=16)
-    assert prepare(five) is five
+    assert lqec_kernels.prepare(five) is five
     # Groups of three kept weights part fours.
     three = Sparse24(draw_affine(2, 36, 6, group=3), KINDS["one group of odd fours"]().positions)
-    assert prepare(three) is three
+    assert lqec_kernels.prepare(three) is three
