@@ -1,12 +1,21 @@
-"""How programs are compiled in the tests: quickly, because nearly every one of them runs once."""
+"""How programs are compiled in the tests: quickly, because nearly every one of them runs once.
 
+And how long they are kept: a worker holds thousands of them, of one to ten megabytes each.
+"""
+
+import ctypes
+import gc
 import mmap
 import os
+import resource
+import sys
 from pathlib import Path
 
 import jax
 import jaxlib
 
+# Bytes a process may hold before it drops its programs, and how many more where that did not help.
+MAY_HOLD, MORE = 1300 << 20, 200 << 20
 # XLA's emitter of CPU loops. The one before it takes half of what compiling still takes once
 # nothing is optimized.
 EMITTERS = "xla_cpu_use_fusion_emitters"
@@ -20,6 +29,9 @@ def compile_quickly() -> None:
     """
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
+    # Which line an operation comes from is a seventh of compiling a small program.
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     flags = os.environ.get("XLA_FLAGS", "")
     if TURNED_OFF not in flags and _is_known_to_xla(EMITTERS):
         os.environ["XLA_FLAGS"] = f"{flags} {TURNED_OFF}".strip()
@@ -43,3 +55,29 @@ def options_for_memory() -> dict[str, bool | int]:
     """
     emitters = {EMITTERS: True} if TURNED_OFF in os.environ.get("XLA_FLAGS", "") else {}
     return emitters | {"xla_backend_optimization_level": 0}
+
+
+class Programs:
+    """Compiled programs of this process, dropped where they hold too much."""
+
+    def __init__(self):
+        self._limit = MAY_HOLD
+
+    def keep_few(self) -> None:
+        """Drops all of them if the process holds more than it may; what is needed comes again."""
+        if held_bytes() < self._limit:
+            return
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # nothing else gives freed memory back
+        self._limit = max(MAY_HOLD, held_bytes() + MORE)
+
+
+def held_bytes() -> int:
+    """Returns what the process holds in memory; its peak where nothing tells the present."""
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

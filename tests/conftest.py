@@ -11,12 +11,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.compiling import compile_quickly  # noqa: E402
+from tests.compiling import Programs, compile_quickly  # noqa: E402
 
 # Only possible before a backend starts.
 jax.config.update("jax_num_cpu_devices", 4)
 
 SHARED = Path(__file__).parents[2] / "shared"
+PROGRAMS = Programs()
 
 
 def pytest_addoption(parser):
@@ -53,6 +54,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    PROGRAMS.keep_few()
 
 
 @pytest.fixture

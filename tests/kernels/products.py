@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lqec_kernels
 from lqec_kernels.api import packed_matmul
 from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.formats import Affine, LowRank
 from lqec_kernels.sparse import Sparse24
 
+# Op by op, either compiles a dozen programs.
+prepare = jax.jit(lqec_kernels.prepare)
+dense_of = jax.jit(lambda base: base.dense())
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
@@ -73,6 +77,7 @@ def assert_near(came, wanted, tolerance: float) -> None:
         assert np.abs(c - w).max() <= tolerance * np.abs(w).max()
 
 
+@jax.jit
 def multiply_densely(x: jax.Array, base, corrections=()) -> jax.Array:
     """The product by its definition: one dense matrix, float32, rounded once."""
     w = base.dense(x.dtype).astype(jnp.float32)

@@ -6,7 +6,7 @@ import pytest
 
 from lqec_kernels import Codebook, repack_for_kernels
 from lqec_kernels.level_planes import LevelPlanes
-from tests.kernels.products import draw_codebook
+from tests.kernels.products import dense_of, draw_codebook
 
 KINDS = {
     "a table": lambda: draw_codebook(4, 320, 6, group=64),
@@ -17,11 +17,6 @@ KINDS = {
         np.arange(80).reshape(40, 2) % 8, np.float32([[3]]), table="nf3", group_size=40, d_in=40
     ),
 }
-
-
-@jax.jit
-def dense_of(base):
-    return base.dense()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,13 @@ from lqec_kernels.mosaic_matmul import choose_config, mosaic_matmul
 from lqec_kernels.planes import Planes
 from lqec_kernels.tuning import Config
 from tests.kernels import hopper_compiler
-from tests.kernels.products import assert_near, draw, draw_adapter, draw_affine, multiply_densely
+from tests.kernels.products import (
+    assert_near,
+    draw,
+    draw_adapter,
+    draw_affine,
+    multiply_densely,
+)
 from tests.sources import ROOT
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-3}

@@ -9,7 +9,13 @@ import pytest
 
 from lqec_kernels import Dense, repack_for_kernels
 from lqec_kernels.pallas_tiles import Groups, read_blocks
-from tests.kernels.products import draw, draw_affine, draw_codebook, draw_sparse
+from tests.kernels.products import (
+    dense_of,
+    draw,
+    draw_affine,
+    draw_codebook,
+    draw_sparse,
+)
 
 # Format -> d_in and what is drawn; units of 256 and of fewer, padded and whole.
 KINDS = {
@@ -44,7 +50,7 @@ def test_blocks_are_the_weight(kind, on_gpu):
         pieces = pieces.reshape(blocks.parts, 2, blocks.steps, blocks.size)
         return jnp.einsum("pmsi,spio->mo", pieces, open_all(blocks), precision="highest")
 
-    wanted = x @ np.asarray(base.dense())
+    wanted = x @ np.asarray(dense_of(base))
     np.testing.assert_allclose(multiply(x, base), wanted, atol=1e-5 * np.abs(wanted).max())
 
 

@@ -1,5 +1,7 @@
 """Zeros that are stored as a mask, or not at all."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +32,16 @@ def draw_pattern() -> np.ndarray:
 
 PATTERN, ANY = draw_pattern(), RNG.random((D_IN, D_OUT)) < 0.4
 
+# Op by op, each of these compiles a dozen programs.
+make_affine = jax.jit(partial(Affine.from_codes, bits=BITS, group_size=GROUP))
+mask = jax.jit(Masked.from_mask, static_argnums=2)
+halve = jax.jit(Sparse24.from_mask)
+dense_of = jax.jit(lambda base: base.dense())
+kept_by = jax.jit(lambda base: base.kept())
+
 
 def affine(zeros="integer zeros") -> Affine:
-    zeros = None if ZEROS[zeros] is None else jnp.asarray(ZEROS[zeros])
-    return Affine.from_codes(jnp.asarray(CODES), jnp.asarray(SCALES), zeros, bits=BITS,
-                             group_size=GROUP)  # fmt: skip
+    return make_affine(CODES, SCALES, ZEROS[zeros])
 
 
 def affine_by_hand(zeros: str) -> np.ndarray:
@@ -47,66 +54,62 @@ def affine_by_hand(zeros: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["masked", "sparse24"])
 def test_what_is_kept_is_the_base_and_the_rest_is_zero(kind, zeros):
     keep = ANY if kind == "masked" else PATTERN
-    make = Masked.from_mask if kind == "masked" else Sparse24.from_mask
-    base = make(affine(zeros), jnp.asarray(keep))
-    dense = np.asarray(base.dense())
+    base = (mask if kind == "masked" else halve)(affine(zeros), keep)
+    dense = np.asarray(dense_of(base))
     np.testing.assert_array_equal(dense[~keep], 0.0)
-    np.testing.assert_array_equal(dense[keep], np.asarray(affine(zeros).dense())[keep])
+    np.testing.assert_array_equal(dense[keep], np.asarray(dense_of(affine(zeros)))[keep])
     np.testing.assert_allclose(dense, np.where(keep, affine_by_hand(zeros), 0), rtol=1e-6)
-    np.testing.assert_array_equal(base.kept(), keep)
+    np.testing.assert_array_equal(kept_by(base), keep)
     assert (base.d_in, base.d_out) == (D_IN, D_OUT)
     assert base.dense(jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_a_dense_weight_keeps_its_numbers():
-    for base, keep in ((Masked.from_mask, ANY), (Sparse24.from_mask, PATTERN)):
-        came = base(Dense(jnp.asarray(W)), jnp.asarray(keep))
-        np.testing.assert_array_equal(came.dense(), np.where(keep, W, 0))
+    for make, keep in ((mask, ANY), (halve, PATTERN)):
+        np.testing.assert_array_equal(dense_of(make(Dense(W), keep)), np.where(keep, W, 0))
 
 
 def test_zero_hides_what_is_not_finite():
-    base = Masked.from_mask(Dense(jnp.asarray(np.where(ANY, W, np.nan))), jnp.asarray(ANY))
-    np.testing.assert_array_equal(base.dense(), np.where(ANY, W, 0))
+    base = mask(Dense(np.where(ANY, W, np.nan)), ANY)
+    np.testing.assert_array_equal(dense_of(base), np.where(ANY, W, 0))
 
 
 def test_bits_are_counted():
     quads, runs = D_IN // 4, -(-D_IN // 32)
     zeros = SCALES.shape[0] * BITS * 32  # one started run of outputs
-    masked = Masked.from_mask(affine(), jnp.asarray(ANY))
+    masked = mask(affine(), ANY)
     assert masked.stored_bits() == 32 * D_OUT * runs * (BITS + 1) + SCALES.size * 16 + zeros
-    sparse = Sparse24.from_mask(affine(), jnp.asarray(PATTERN))
+    sparse = halve(affine(), PATTERN)
     words = -(-2 * quads // 32)
     assert sparse.stored_bits() == 32 * D_OUT * words * (BITS + 2) + SCALES.size * 16 + zeros
-    dense = Sparse24.from_mask(Dense(jnp.asarray(W, jnp.float16)), jnp.asarray(PATTERN))
+    dense = halve(Dense(W.astype(np.float16)), PATTERN)
     assert dense.stored_bits() == 16 * W.size // 2 + 32 * D_OUT * words * 2
 
 
 def test_four_bits_two_of_four_are_three_bits_a_weight():
-    codes = jnp.zeros((128, 32), jnp.uint8)
-    base = Affine.from_codes(codes, jnp.ones((1, 32), jnp.float16), None, bits=4, group_size=128)
-    keep = jnp.asarray(np.arange(128) % 4 < 2)[:, None] & jnp.ones((128, 32), bool)
-    leaf = CompressedLinear(Sparse24.from_mask(base, keep))
-    assert leaf.bits_per_weight == 3 + 16 / 128
-    assert CompressedLinear(Masked.from_mask(base, keep)).bits_per_weight == 5 + 16 / 128
+    make = jax.jit(partial(Affine.from_codes, bits=4, group_size=128))
+    base = make(np.zeros((128, 32), np.uint8), np.ones((1, 32), np.float16), None)
+    keep = np.broadcast_to((np.arange(128) % 4 < 2)[:, None], (128, 32))
+    assert CompressedLinear(halve(base, keep)).bits_per_weight == 3 + 16 / 128
+    assert CompressedLinear(mask(base, keep)).bits_per_weight == 5 + 16 / 128
 
 
 def test_rows_that_cannot_be_parted():
-    masked = Masked.from_mask(affine(), jnp.asarray(ANY))
-    sparse = Sparse24.from_mask(affine(), jnp.asarray(PATTERN))
+    masked = mask(affine(), ANY)
+    sparse = halve(affine(), PATTERN)
     assert (masked.unit(-2), masked.unit(-1)) == (96, 32)  # lcm(32, 24)
     assert (sparse.unit(-2), sparse.unit(-1)) == (192, 32)  # 2 lcm(32, 12)
-    plain = Masked.from_mask(Dense(jnp.asarray(W)), jnp.asarray(ANY), "5:10")
+    plain = mask(Dense(W), ANY, "5:10")
     assert (plain.unit(-2), plain.unit(-1)) == (160, 1)
 
 
 def every_kind() -> dict:
-    masked = Masked.from_mask(affine("float zeros"), jnp.asarray(ANY))
-    sparse = Sparse24.from_mask(affine("float zeros"), jnp.asarray(PATTERN))
+    sparse = halve(affine("float zeros"), PATTERN)
     return {
-        "masked": masked,
+        "masked": mask(affine("float zeros"), ANY),
         "sparse24": sparse,
-        "masked sparse24": Masked.from_mask(sparse, jnp.asarray(ANY), "2:4"),
-        "sparse24 of dense": Sparse24.from_mask(Dense(jnp.asarray(W)), jnp.asarray(PATTERN)),
+        "masked sparse24": mask(sparse, ANY, "2:4"),
+        "sparse24 of dense": halve(Dense(W), PATTERN),
     }
 
 
@@ -116,9 +119,9 @@ KINDS = every_kind()
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_product_is_the_dense_one_with_gradients(kind):
     base = KINDS[kind]
-    x = jnp.asarray(RNG.standard_normal((5, D_IN)), jnp.float32)
-    dense = base.dense()
-    np.testing.assert_allclose(packed_matmul(x, base), x @ dense, atol=1e-5)
+    x = RNG.standard_normal((5, D_IN)).astype(np.float32)
+    product = jax.jit(packed_matmul)(x, base)
+    np.testing.assert_allclose(product, x @ np.asarray(dense_of(base)), atol=1e-5)
 
     def floats(base):
         return [leaf for leaf in jax.tree.leaves(base) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -131,8 +134,8 @@ def test_the_product_is_the_dense_one_with_gradients(kind):
         return jnp.sum(jnp.sin(y))
 
     arrays = [array.astype(jnp.float32) for array in floats(base)]
-    came = jax.grad(lambda *a: loss(packed_matmul, *a), (0, 1))(x, arrays)
-    wanted = jax.grad(lambda *a: loss(lambda x, b: x @ b.dense(), *a), (0, 1))(x, arrays)
+    products = (packed_matmul, lambda x, base: x @ base.dense())
+    came, wanted = (jax.jit(jax.grad(partial(loss, p), (0, 1)))(x, arrays) for p in products)
     for c, w in zip(jax.tree.leaves(came), jax.tree.leaves(wanted), strict=True):
         assert np.abs(w).max() > 0
         np.testing.assert_allclose(c, w, atol=1e-4 * np.abs(w).max())
@@ -141,12 +144,11 @@ def test_the_product_is_the_dense_one_with_gradients(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stack_is_its_layers(kind):
     base = KINDS[kind]
-    stack = jax.tree.map(lambda array: jnp.stack([array, array[:, ::-1]]), base)
-    dense = stack.dense()
+    stack = jax.tree.map(lambda array: np.stack([array, np.asarray(array)[:, ::-1]]), base)
+    dense, one = dense_of(stack), np.asarray(dense_of(base))
     assert dense.shape == (2, D_IN, D_OUT) and (stack.d_in, stack.d_out) == (D_IN, D_OUT)
-    np.testing.assert_array_equal(dense[0], base.dense())
-    np.testing.assert_array_equal(dense[1], base.dense()[:, ::-1])
-    np.testing.assert_array_equal(stack.kept()[1], base.kept()[:, ::-1])
+    np.testing.assert_array_equal(dense, [one, one[:, ::-1]])
+    np.testing.assert_array_equal(kept_by(stack)[1], np.asarray(kept_by(base))[:, ::-1])
     assert CompressedLinear(stack).bits_per_weight == CompressedLinear(base).bits_per_weight
 
 

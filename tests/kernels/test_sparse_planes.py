@@ -8,7 +8,7 @@ from lqec_kernels import repack_for_kernels
 from lqec_kernels.planes import join_planes
 from lqec_kernels.sparse import Sparse24
 from lqec_kernels.sparse_planes import SparsePlanes
-from tests.kernels.products import draw_affine, draw_sparse
+from tests.kernels.products import dense_of, draw_affine, draw_sparse
 
 KINDS = {
     "3 bits": lambda: draw_sparse(3, 320, 6, group=32),
@@ -16,11 +16,6 @@ KINDS = {
     "one group of odd fours": lambda: draw_sparse(2, 36, 6, group=36, kind="symmetric"),
     "a stack": lambda: draw_sparse(2, 64, 6, group=16, lead=(2,)),
 }
-
-
-@jax.jit
-def dense_of(base):
-    return base.dense()
 
 
 @pytest.mark.parametrize("kind", KINDS)

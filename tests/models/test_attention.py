@@ -144,15 +144,19 @@ def test_scores_too_large_for_exp_stay_finite():
 
 @pytest.mark.parametrize("j", [0, 15, 16, 17, 36])
 def test_a_token_never_reaches_back(j):
-    q, k, v, d_out = draw(37)
-    seen_from_before = d_out.at[:, j:].set(0)
-    before, _, d_k, d_v = both_ways(chunked(16), q, k, v, seen_from_before)
+    def run(*arrays):
+        return [np.asarray(x) for x in both_ways(chunked(16), *arrays)]
+
+    q, k, v, d_out = (np.array(x) for x in draw(37))
+    d_out[:, j:] = 0
+    before, _, d_k, d_v = run(q, k, v, d_out)
     assert not d_k[:, j:].any() and not d_v[:, j:].any()
 
-    changed = (x.at[:, j].add(3.0) for x in (q, k, v))
-    after = both_ways(chunked(16), *changed, seen_from_before)[0]
+    for x in (q, k, v):
+        x[:, j] += 3.0
+    after = run(q, k, v, d_out)[0]
     np.testing.assert_array_equal(before[:, :j], after[:, :j])
-    assert (jnp.abs(before - after)[:, j:].max((0, 2, 3)) > 1e-4).all()
+    assert (np.abs(before - after)[:, j:].max((0, 2, 3)) > 1e-4).all()
 
 
 def test_under_scan_and_remat():

@@ -24,6 +24,7 @@ from tests.train.oracles import (
     TOKENS,
     WEIGHTS,
     D,
+    bound_logits_rounding,
     draw_student,
     head_only,
     numpy_hidden,
@@ -123,7 +124,12 @@ def test_a_student_far_from_its_teacher_has_a_finite_divergence_and_gradient(mon
 
 
 def test_a_student_that_predicts_as_its_teacher_has_its_next_token_loss_alone(student):
-    """KL is zero to the bit, forward; its gradient is what rounding leaves of zero."""
+    """KL is what rounding leaves of zero, forward and in its gradient.
+
+    Teacher and student are two walks through one model, which a compiler may fuse in two ways, so
+    their logits differ by rounding, in which KL is quadratic (Hoeffding: by a range r, r² / 8 at
+    most); the rest is the rounding of two sums over the vocabulary and of their logarithms.
+    """
     train, frozen = partition(student)
 
     @partial(jax.jit, static_argnums=1)
@@ -137,12 +143,15 @@ def test_a_student_that_predicts_as_its_teacher_has_its_next_token_loss_alone(st
     def largest(gradients) -> float:
         return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
 
+    unit = float(jnp.finfo(jnp.float32).eps) / 2
+    sums = 2 * (VOCAB + 16) * unit  # and 16 for exponents, logarithms and the last differences
     gradients, (loss, terms) = run(train, 1)
-    assert terms["kl"] == 0.0
-    assert float(loss) == pytest.approx(3.0 * float(terms["next_token"]), rel=1e-7)
-    assert largest(gradients) < 1e-5
-    gradients, (_, terms) = run(train, -1)
-    assert terms["kl"] > 1.0 and largest(gradients) > 1e-2
+    assert abs(terms["kl"]) < LENGTH * (sums + (4 * bound_logits_rounding(student)) ** 2 / 8)
+    parts = 3.0 * float(terms["next_token"]) + 0.5 * float(terms["kl"])
+    assert float(loss) == pytest.approx(parts, rel=4 * unit)
+    others, (_, terms) = run(train, -1)
+    assert terms["kl"] > 1.0 and largest(others) > 1e-2
+    assert largest(gradients) < 1e-3 * largest(others)
 
 
 def test_the_reductions_are_those_of_the_authors_and_mean_is_sum_over_the_tokens(student):
