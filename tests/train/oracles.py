@@ -39,6 +39,30 @@ def numpy_hidden(params: dict) -> tuple[np.ndarray, np.ndarray]:
     return h, numpy_norm(h)
 
 
+def bound_logits_rounding(params: dict) -> float:
+    """Returns how far a logit computed in float32 may lie from the exact one, in any order of sums.
+
+    A sum of n products is off by at most n units of roundoff of the sum of their absolute values;
+    what came in wrong leaves tanh no larger than it was, and the norm at most doubled.
+    """
+    unit = np.finfo(np.float32).eps / 2
+    h = np.asarray(params["embed"], np.float64)[TOKENS]
+    error = np.zeros_like(h)
+    for segment in params["blocks"]:
+        leaf = segment["mix"]["kernel"]
+        terms = [np.abs(np.asarray(leaf.base.dense(), np.float64))]
+        terms += [np.abs(np.asarray(c.a, np.float64)) @ np.abs(np.asarray(c.b, np.float64))
+                  for c in leaf.corrections]  # fmt: skip
+        for w, largest in zip(np.asarray(leaf.dense(), np.float64), sum(terms), strict=True):
+            error = error + error @ largest + 2 * D * unit * (np.abs(h) @ largest)
+            h = h + np.tanh(h @ w)
+            error = error + 8 * unit * (1 + np.abs(h))  # tanh to a few last places, and the sum
+    post_norm = np.abs(numpy_norm(h))
+    error = 2 * error.max(-1, keepdims=True) + 2 * D * unit * post_norm
+    head = np.abs(np.asarray(params["head"], np.float64))
+    return float(np.max(error @ head + D * unit * (post_norm @ head)))
+
+
 def numpy_nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     logits = np.asarray(logits, np.float64)[:, :-1]
     largest = logits.max(-1, keepdims=True)
