@@ -200,8 +200,15 @@ def shard_state(fns: ModelFns, params: Params, optimizer, state: TrainState, mes
     shardings, notes = sharding.param_shardings(fns, params, mesh)
     train, frozen = partition(shardings, _like(state.train))
     whole = NamedSharding(mesh, PartitionSpec())
+    # An optimizer of several has no moments of what another one moves.
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     opt_state = optax.tree_map_params(
-        optimizer, lambda _, s: s, state.opt_state, train, transform_non_params=lambda _: whole
+        optimizer,
+        lambda moment, placed: moment if is_masked(moment) else placed,
+        state.opt_state,
+        train,
+        transform_non_params=lambda _: whole,
+        is_leaf=is_masked,
     )
     return TrainState(whole, train, frozen, opt_state), notes
 

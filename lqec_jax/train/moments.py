@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from lqec_jax.core import sites
-from lqec_jax.core.tree import combine, partition
+from lqec_jax.core.tree import combine, is_compressed, partition
 from lqec_jax.core.types import BlockProblem, Evaluation, ModelFns, Params, Solution
 from lqec_jax.core.walking import cut_rows
 from lqec_jax.errors import InputError
@@ -108,8 +108,9 @@ def fit_weights(training: Any, problem: BlockProblem) -> Solution:
     looks, total = -(-training.schedule.updates // LOOK_EVERY), len(problem.fns.linears)
     descend = _compile_descent(training.parts, training.loss.aug, problem.student.shape[-1], looks)
     for group in problem.fns.linear_groups:
-        moments = collect_moments(problem, block, group)
-        for path in group:
+        trained = tuple(path for path in group if path not in training.leave_out)
+        moments = collect_moments(problem, block, trained) if trained else {}
+        for path in trained:
             w = sites.get(problem.dense, path).astype(jnp.float32)
             stored, found = descend(sites.get(block, path), w, moments[path])
             block = sites.put(block, path, stored)
@@ -183,7 +184,7 @@ def _compile_descent(parts: tuple[Part, ...], aug: bool, width: int, looks: int)
         def read(leaf: CompressedLinear) -> jax.Array:
             for part in parts:
                 leaf = part.read(leaf)
-            return leaf.dense()
+            return leaf.dense() if is_compressed(leaf) else leaf
 
         def lacking(leaf: CompressedLinear) -> tuple[jax.Array, jax.Array]:
             return moments[0].gram, find_cross(w, read(leaf), moments[0], aug=aug)

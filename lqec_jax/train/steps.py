@@ -88,7 +88,14 @@ class Training:
         return _compile_store(self.parts, moved)(leaf, given)
 
     def moves(self, path: tuple, array: jax.Array) -> bool:
+        if self.leave_out and self._leaves_out(path):
+            return False
         return find_label(self.parts, path, array) is not None
+
+    def _leaves_out(self, path: tuple) -> bool:
+        keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        linear = sites.linear_path("/".join(map(str, keys))) or ""
+        return any(f"/{linear}".endswith(f"/{left}") for left in self.leave_out)
 
     def preview(self, leaf: CompressedLinear) -> CompressedLinear:
         """Returns what becomes of one weight, before any training."""
@@ -172,10 +179,12 @@ def train_model(training: Training, problem: ModelProblem) -> Solution:
     """Trains a whole model and keeps the best seen on the validation windows.
 
     Raises:
-      InputError: nothing of what is to move is there; a part or the loss refuses the model.
+      InputError: nothing of what is to move is there; a part or the loss refuses the model;
+        Adafactor on a mesh.
     Cost: a forward and a backward pass an update; packed weights stay packed.
     """
     fns, windows, work = problem.fns, problem.windows, problem.work
+    _check_mesh(training, work.mesh)
     init_key, order_key = training.keys(work.key)
     batch = training.loss.prepare(training.name, problem)
     begun = _begin(training, fns, problem.params, init_key)
@@ -243,6 +252,15 @@ class _In:
 
     def __call__(self, path: tuple, array: jax.Array) -> bool:
         return path[0].key == "blocks" and self.moves(path, array)
+
+
+def _check_mesh(training: Training, mesh: Any) -> None:
+    """Refuses what is not placed on several devices: moments that are sums over rows or columns."""
+    factored = any(part.rates.optimizer == "adafactor" for part in training.parts)
+    if mesh is not None and factored:
+        raise InputError(
+            f"{training.name}: optimizer='adafactor' runs on one device; leave the mesh out"
+        )
 
 
 def _begin(training: Training, fns: ModelFns, params: Params, key: jax.Array) -> Params:

@@ -132,7 +132,6 @@ def lrec(
         coupled=coupled,
         new_rank=NEW_RANK,
         dtype=dtype,
-        leave_out=leave_out,
         rates=Rates(lr, decay, weight_decay=weight_decay),
     )
     part.check("lrec")

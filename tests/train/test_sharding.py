@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec
 
 from lqec_jax.core.sites import in_groups
 from lqec_jax.core.tree import get_at
+from lqec_jax.core.types import Schedule
 from lqec_jax.errors import InputError
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.train import fit as fitting
-from lqec_jax.train.fit import Schedule, fit
+from lqec_jax.train.fit import fit
 from lqec_jax.train.sharding import make_mesh, param_shardings
 from lqec_jax.train.update import TrainState, make_update
 from lqec_kernels.adapters import QuantizedLowRank

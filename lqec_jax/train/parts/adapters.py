@@ -15,7 +15,6 @@ import optax
 from lqec_jax.core.arguments import check_choice, check_number, check_rank, resolve_rank
 from lqec_jax.core.bases import find_grid
 from lqec_jax.core.closed_form import balance, regress
-from lqec_jax.core.sites import linear_path
 from lqec_jax.core.tree import SELECTIONS
 from lqec_jax.errors import InputError
 from lqec_jax.train.parts.part import Part
@@ -39,7 +38,6 @@ class Adapters(Part):
       coupled: weight decay is added to the gradients of (A, B), as Adam's L2 does.
       pool: new adapters read means over the groups of the base's grid, see `add_adapter`.
       dtype: in which they are stored.
-      leave_out: paths of linears that stay as they are.
     """
 
     rank: int | float | None = None
@@ -49,7 +47,6 @@ class Adapters(Part):
     pool: bool = False
     new_rank: int = DEFAULT_RANK
     dtype: str = "float16"
-    leave_out: tuple[str, ...] = ()
 
     def check(self, method: str) -> None:
         """Checks what a recipe said.
@@ -71,15 +68,14 @@ class Adapters(Part):
         return add_adapter(self.method, leaf, rank, key, pool=self.pool, new_rank=new)
 
     def label(self, path: tuple, array: jax.Array) -> str | None:
-        if not SELECTIONS["adapters"](path, array):
-            return None
-        keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        linear = linear_path("/".join(map(str, keys))) or ""
-        left = any(f"/{linear}".endswith(f"/{path}") for path in self.leave_out)
-        return None if left else "adapters"
+        return "adapters" if SELECTIONS["adapters"](path, array) else None
 
     def keep(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
         return store_adapters(leaf, jnp.dtype(self.dtype))
+
+    def unmoved(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
+        """Returns a weight whose own adapters stay to the bit; storing may round them."""
+        return leaf if find_adapters(given) else self.keep(leaf, given)
 
     def solve(
         self, leaf: CompressedLinear, given: CompressedLinear, lacking: Callable

@@ -14,7 +14,7 @@ from lqec_jax.core.bases import base_target, replace_base
 from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.tree import SELECTIONS
 from lqec_jax.errors import InputError
-from lqec_jax.train.parts.part import Part, attributes, put_weight
+from lqec_jax.train.parts.part import Part, attributes, is_floating, put_weight, store_as
 from lqec_jax.train.rates import Rates, times_value
 from lqec_kernels.fields import static
 from lqec_kernels.formats import Affine, Base, CompressedLinear
@@ -64,7 +64,8 @@ def store_scale(dtype: Any, scale: jax.Array) -> jax.Array:
     if scale.dtype == dtype:
         return scale
     limits = jnp.finfo(dtype)
-    return jnp.clip(scale, limits.tiny, limits.max).astype(dtype)
+    stored = jnp.clip(jnp.abs(scale), limits.tiny, limits.max).astype(dtype)
+    return jnp.where(scale < 0, -stored, stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Zeros(Part):
 
     Attributes:
       whole: they are read and stored rounded again, straight through, in `bits` bits each.
-      dtype: in which real ones are stored.
+      dtype: in which real ones are stored; those that were real stay in theirs.
     """
 
     whole: bool = False
@@ -106,7 +107,9 @@ class Zeros(Part):
         if self.whole:
             stored = pack(_round(base).astype(jnp.uint8).mT, base.bits).mT
         else:
-            stored = base.zeros.astype(self.dtype)
+            before = getattr(given.base, "zeros", None)
+            real = before is not None and is_floating(before)
+            stored = store_as(before if real else jnp.zeros((), self.dtype), base.zeros)
         return dataclasses.replace(leaf, base=dataclasses.replace(base, zeros=stored))
 
     def optimizers(self, width: int, updates: int) -> dict[str, optax.GradientTransformation]:

@@ -136,7 +136,9 @@ class StoredAdapters(Tuned):
         return _change(stored, Unrounded, Unrounded.close)
 
     def unmoved(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
-        return given if find_rounded(given) else leaf
+        # Rounding anew may change a last place; what other parts put in stays.
+        rounded = find_rounded(given)
+        return dataclasses.replace(leaf, corrections=given.corrections) if rounded else leaf
 
     def count(self, leaf: CompressedLinear) -> int:
         return count_adapters(leaf) or super().count(leaf)

@@ -1,5 +1,6 @@
-"""The divergence from a teacher's predictions against numpy, however the teacher comes."""
+"""What a head says, in chunks of the vocabulary: next tokens and divergences, against numpy."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 
 from lqec_jax.core.tree import combine, partition
-from lqec_jax.train import losses
-from lqec_jax.train.losses import (
+from lqec_jax.train import vocabulary
+from lqec_jax.train.losses import Divergence, ModelLoss, NextToken, lrec
+from lqec_jax.train.vocabulary import (
     LogProbs,
     find_log_probs,
     find_top,
     kl_terms,
-    lrec,
-    lrec_terms,
+    next_token_nll,
 )
 from tests.train.oracles import (
     BATCH,
@@ -31,6 +32,8 @@ from tests.train.oracles import (
     numpy_nll,
 )
 from tests.train.tiny import VOCAB
+
+SUMMED = ModelLoss((Divergence(WEIGHTS["kl_weight"], "sum"), NextToken(WEIGHTS["token_weight"])))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def find_kl(params, post_norm, teacher, tokens=TOKENS):
 @pytest.mark.parametrize("chunk", [None, 24])
 def test_the_divergence_is_its_formula_however_the_teacher_comes(monkeypatch, chunk):
     if chunk is not None:
-        monkeypatch.setattr(losses, "VOCAB_CHUNK", chunk)
+        monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", chunk)
     params, student, teacher = head_only("plain")[1], draw_hidden(3), draw_hidden(4)
     wanted = numpy_kl(teacher, student, params["head"])
     assert wanted.min() > 0.1
@@ -93,7 +96,7 @@ def test_the_divergence_is_its_formula_however_the_teacher_comes(monkeypatch, ch
 @pytest.mark.parametrize("chunk", [None, 24])
 def test_a_few_likeliest_tokens_bound_the_divergence_from_below(monkeypatch, chunk):
     if chunk is not None:
-        monkeypatch.setattr(losses, "VOCAB_CHUNK", chunk)
+        monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", chunk)
     params, student, teacher = head_only("plain")[1], draw_hidden(3), draw_hidden(4)
     whole = numpy_kl(teacher, student, params["head"])
     probs = np.exp(np.asarray(find_log_probs(FNS, params, teacher).log_probs, np.float64))
@@ -113,7 +116,7 @@ def test_a_few_likeliest_tokens_bound_the_divergence_from_below(monkeypatch, chu
 
 
 def test_a_student_far_from_its_teacher_has_a_finite_divergence_and_gradient(monkeypatch):
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", 24)
     params, far, near = head_only("plain")[1], 1e3 * draw_hidden(3), draw_hidden(4)
     for student, teacher in ((far, near), (near, far)):
         wanted = numpy_kl(teacher, student, params["head"])
@@ -137,7 +140,7 @@ def test_a_student_that_predicts_as_its_teacher_has_its_next_token_loss_alone(st
     def run(train, order):
         params = combine(train, frozen)
         teacher = FNS.hidden(params, TOKENS)[1][::order]
-        loss, terms = lrec_terms(FNS, teacher, params, TOKENS, reduction="sum", **WEIGHTS)
+        loss, terms = SUMMED(FNS, params, {"tokens": TOKENS, "predictions": teacher})
         return terms["kl"], (loss, terms)
 
     def largest(gradients) -> float:
@@ -208,5 +211,74 @@ def test_no_divergence_holds_an_array_as_wide_as_the_vocabulary_in_chunks(monkey
 
     wide, narrow = (f"f32[{BATCH},{LENGTH},{width}]" for width in (VOCAB, 24))
     assert wide in trace()
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", 24)
     assert wide not in trace() and narrow in trace()
+
+
+# The next-token loss in chunks of the vocabulary
+
+
+def nll_and_gradients(fns, params, post_norm):
+    """Returns the loss of each token, and the gradient of a sum that weighs each its own way."""
+    weights = 1.0 + np.arange(BATCH * (LENGTH - 1)).reshape(BATCH, LENGTH - 1)
+
+    def run(params, post_norm):
+        nll = next_token_nll(fns, params, post_norm, TOKENS)
+        return jnp.sum(nll * weights), nll
+
+    (_, nll), gradients = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(params, post_norm)
+    return nll, jax.tree.leaves(gradients)
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [("plain", 63), ("tied", 24), ("untied", 7)])
+def test_chunks_of_the_vocabulary_are_the_whole(monkeypatch, kind, chunk):
+    assert VOCAB % chunk
+    fns, params = head_only(kind)
+    post_norm = np.random.RandomState(3).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
+    nll, gradients = nll_and_gradients(fns, params, post_norm)
+    wanted = numpy_nll(fns.head(params, post_norm), TOKENS)
+    assert nll.shape == (BATCH, LENGTH - 1)
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5)
+
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", chunk)
+    chunked, chunked_gradients = nll_and_gradients(fns, params, post_norm)
+    np.testing.assert_allclose(chunked, wanted, rtol=1e-5)
+    for came, direct in zip(chunked_gradients, gradients, strict=True):
+        size = float(jnp.abs(direct).max())
+        assert size > 0.1
+        np.testing.assert_allclose(came, direct, rtol=1e-5, atol=1e-5 * size)
+
+
+def test_logits_too_large_for_exp_are_no_trouble_in_chunks(monkeypatch):
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", 24)
+    params = head_only("plain")[1]
+    post_norm = 1e4 * np.random.RandomState(4).standard_normal((BATCH, LENGTH, D))
+    post_norm = post_norm.astype(np.float32)
+    nll, gradients = nll_and_gradients(FNS, params, post_norm)
+    wanted = numpy_nll(post_norm.astype(np.float64) @ params["head"], TOKENS)
+    assert wanted.max() > 1e4
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=0.05)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in gradients)
+
+
+def test_no_array_is_as_wide_as_the_vocabulary_in_chunks(monkeypatch):
+    params = head_only("plain")[1]
+    post_norm = jax.ShapeDtypeStruct((BATCH, LENGTH, D), jnp.float32)
+
+    def trace() -> str:
+        run = lambda x: jnp.sum(next_token_nll(FNS, params, x, TOKENS))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(run))(post_norm))
+
+    wide, narrow = (f"f32[{BATCH},{LENGTH - 1},{width}]" for width in (VOCAB, 24))
+    assert wide in trace()
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", 24)
+    assert wide not in trace() and narrow in trace()
+
+
+def test_a_head_of_unknown_width_is_applied_whole(monkeypatch):
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", 1)
+    params = head_only("plain")[1]
+    unknown = dataclasses.replace(FNS, vocab_size=None)
+    post_norm = np.random.RandomState(3).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
+    nll = next_token_nll(unknown, params, post_norm, TOKENS)
+    np.testing.assert_allclose(nll, numpy_nll(post_norm @ params["head"], TOKENS), rtol=1e-5)

@@ -6,22 +6,18 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from lqec_jax.train.block_fit import Trainable
-from lqec_jax.train.linear_fit import (
-    Solving,
-    collect_moments,
-    find_cross,
-    find_loss,
-    fit_weights,
-)
 
 from lqec_jax.core.linear import linear
 from lqec_jax.core.sites import in_groups
-from lqec_jax.core.types import BlockProblem, ModelFns
+from lqec_jax.core.types import BlockProblem, ModelFns, Schedule, Work
 from lqec_jax.errors import InputError
+from lqec_jax.train.moments import Moments, collect_moments, find_cross, find_loss
+from lqec_jax.train.rates import Rates
+from lqec_jax.train.steps import make_training
 from lqec_kernels.formats import CompressedLinear, Dense
+from tests.train.test_answers import Told
+from tests.train.tiny import Shrink, Shrunk
 
 D, WIDE, LENGTH = 16, 24, 8
 GROUPS = (("up", "gate"), ("down",))
@@ -48,28 +44,18 @@ def make_problem(**changes) -> BlockProblem:
     student = teacher + np.concatenate([0.5 * draw(20, LENGTH, D)] * 2)
     block = {p: {"kernel": CompressedLinear(Dense(w["kernel"]))} for p, w in dense.items()}
     facts = {"fns": gated_fns(), "block": block, "dense": dense, "teacher": teacher,
-             "student": student, "train": 20, "key": jax.random.key(0)}  # fmt: skip
+             "student": student, "train": 20, "work": Work(jax.random.key(0))}  # fmt: skip
     return BlockProblem(**(facts | changes))
 
 
-# One number a weight, which has its best in closed form.
-SHRUNK = Trainable(
-    start=lambda leaf: {"by": jnp.float32(0.5)},
-    read=lambda leaf, trained: CompressedLinear(Dense(trained["by"] * leaf.base.w)),
-    store=lambda leaf, trained: CompressedLinear(Dense(trained["by"] * leaf.base.w)),
-)
-SOLVING = Solving(
-    begin=lambda leaf: leaf,
-    trainable=SHRUNK,
-    solve=lambda leaf, trained, w, moments: trained,
-    aug=False,
-)
-ADAM = optax.adam(optax.cosine_decay_schedule(0.05, 100))
+def train(problem: BlockProblem, part: Shrink, updates: int = 91, **options):
+    """Trains one number a weight, which has its best in closed form."""
+    step = make_training("shrink", [part], Moments(), scope="block",
+                         schedule=Schedule(updates=updates), **options)  # fmt: skip
+    return step.run(problem)
 
 
-def descend(updates: int) -> optax.GradientTransformation:
-    assert updates == 100
-    return ADAM
+DESCENDING = Shrink(rates=Rates(0.05))
 
 
 def inputs_of(problem, block, path):
@@ -81,7 +67,7 @@ def inputs_of(problem, block, path):
 
 @pytest.fixture(scope="module")
 def solution():
-    return fit_weights(make_problem(), SOLVING, descend, 91)
+    return train(make_problem(), DESCENDING)
 
 
 @pytest.mark.parametrize("aug", [False, True])
@@ -108,7 +94,7 @@ def test_moments_tell_the_loss_of_the_tokens(aug):
 
 def test_every_weight_reads_what_was_stored_before_it(solution):
     """Each number is the least squares' one behind the weights that were solved, not the first."""
-    problem, block = make_problem(), solution.block
+    problem, block = make_problem(), solution.params
     for path in problem.fns.linears:
         w = np.asarray(problem.dense[path]["kernel"], np.float64)
         x, own = inputs_of(problem, block, path)
@@ -129,42 +115,53 @@ def test_the_history_is_the_mean_of_the_weights(solution):
     assert solution.notes == ()
     problem, losses = make_problem(), []
     for group in GROUPS:
-        moments = collect_moments(problem, solution.block, group)
-        losses += [find_loss(problem.dense[p]["kernel"], solution.block[p]["kernel"].dense(),
+        moments = collect_moments(problem, solution.params, group)
+        losses += [find_loss(problem.dense[p]["kernel"], solution.params[p]["kernel"].dense(),
                              moments[p][1], aug=False) for p in group]  # fmt: skip
     assert solution.history[-1].val_loss == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_a_weight_is_never_worse_than_its_start():
-    told = []
-    problem = make_problem(progress=lambda *facts: told.append(facts))
-    wild = optax.sgd(np.inf)
-    solution = fit_weights(problem, SOLVING, lambda updates: wild, 10)
+    told = Told()
+    problem = make_problem(work=Work(jax.random.key(0), session=told))
+    wild = Shrink(rates=Rates(np.inf, decay="constant"))
+    solution = train(problem, wild, 10)
     assert solution.best_update == 0
-    assert told == [(1, 3, "weight"), (2, 3, "weight"), (3, 3, "weight")]
+    assert told.progress_made == [(1, 3), (2, 3), (3, 3)]
     assert len(solution.notes) == 3
     assert "down: the loss was " in solution.notes[2] and "what update 0 had" in solution.notes[2]
-    for path, leaf in solution.block.items():
+    for path, leaf in solution.params.items():
         np.testing.assert_array_equal(leaf["kernel"].base.w, 0.5 * problem.dense[path]["kernel"])
+
+
+class Solved(Shrink):
+    """Puts the number in that is best: E |x w - s x̂ w|² is least at E (x w) (x̂ w)ᵀ / E |x̂ w|²."""
+
+    def solve(self, leaf, given, lacking):
+        w = given.base.w
+        shrunk = dataclasses.replace(leaf.base, by=jnp.zeros(()))
+        gram, cross = lacking(dataclasses.replace(leaf, base=shrunk))  # of nothing: E x̂ᵀ (x w)
+        best = jnp.sum(w * cross) / jnp.sum(w * (gram @ w))
+        return dataclasses.replace(leaf, base=Shrunk(leaf.base.inner, best))
 
 
 def test_a_closed_form_begins_and_ends_it():
     """One that is exact: no update betters it, and it comes back after the last."""
-
-    def solve(leaf, trained, w, moments):
-        # E |x w - s x̂ w|² is least at E (x w) (x̂ w)ᵀ / E |x̂ w|².
-        own = jnp.sum(w * (moments.gram @ w))
-        return {"by": (own + jnp.sum(w * moments.drift)) / own}
-
-    solving = dataclasses.replace(SOLVING, solve=solve)
-    away = optax.adam(0.1)
-    solution = fit_weights(make_problem(), solving, lambda updates: away, 10)
+    solution = train(make_problem(), Solved(rates=Rates(0.1, decay="constant")), 10)
     losses = [point.val_loss for point in solution.history]
     assert losses[1] > losses[0] == pytest.approx(losses[2], rel=1e-6)
     assert [point.update for point in solution.history] == [0, 10, 11]
 
 
+def test_what_is_left_out_stays_and_is_read_by_what_follows():
+    problem = make_problem()
+    solution = train(problem, DESCENDING, 10, leave_out=("gate",))
+    assert solution.params["gate"]["kernel"] is problem.block["gate"]["kernel"]
+    assert isinstance(solution.params["down"]["kernel"].base, Dense)
+    assert solution.params["down"]["kernel"] is not problem.block["down"]["kernel"]
+
+
 def test_windows_of_both_kinds_are_wanted():
     problem = dataclasses.replace(make_problem(), train=40)
     with pytest.raises(InputError, match="40 of 40 windows are for training"):
-        fit_weights(problem, SOLVING, descend, 10)
+        train(problem, DESCENDING, 10)

@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lqec_jax.train.adapters import (
-    LR_TIMES_WIDTH,
-    add_adapter,
-    count_trained,
-    find_adapters,
-    make_optimizer,
-    map_linears,
-    store_adapters,
-)
 
+from lqec_jax.core import sites
 from lqec_jax.core.bases import mask_base
 from lqec_jax.core.linear import linear
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Work
 from lqec_jax.errors import InputError
 from lqec_jax.runs.checkpoints import Checkpoints
+from lqec_jax.train.parts.adapters import (
+    LR_TIMES_WIDTH,
+    Adapters,
+    add_adapter,
+    find_adapters,
+    store_adapters,
+)
+from lqec_jax.train.rates import Rates, make_optimizer
 from lqec_jax.train.update import init_state, make_update
 from lqec_jax.trainings.rilq import rilq
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
@@ -109,9 +109,9 @@ def test_what_is_trained_is_counted_after_a_merge_too():
     step = rilq(rank=4, pool=True)
     after = jax.eval_shape(step.preview, make_leaf())
     size = 3 * 4 * (8 + D_OUT)
-    assert count_trained(step.preview)(after) == size
+    assert step.count(after) == step.count(make_leaf()) == size
     merged = dataclasses.replace(after, corrections=())
-    assert step.trained(merged) == size
+    assert step.count(merged) == size
 
 
 # The moves
@@ -146,9 +146,8 @@ def test_training_is_that_of_the_form_that_reads_sums(lr, size):
         return size * jnp.mean(jnp.square(answer - y))
 
     weight_decay = 0.1 if lr else 0.0  # which a rate of None does not scale by alpha/rank
-    settings = {"alpha": alpha, "lr": lr, "updates": updates, "weight_decay": weight_decay,
-                "decay": "constant"}  # fmt: skip
-    optimizer = make_optimizer(settings, width=64)
+    rates = Rates(lr, decay="constant", weight_decay=weight_decay)
+    optimizer = make_optimizer((Adapters(alpha=alpha, rates=rates),), 64, updates)
     adapter = LowRank(pool * a, alpha / rank * b, pool)
     params = {"w": CompressedLinear(Dense(jnp.asarray(w)), (adapter,))}
     update = make_update(lambda p, x: (loss_of_y(linear(x, p["w"])), {}), optimizer)
@@ -184,12 +183,10 @@ def test_training_is_that_of_the_form_that_reads_sums(lr, size):
 @pytest.fixture(scope="module")
 def problem() -> ModelProblem:
     plain = make_plain_problem()
-    params = map_linears(
-        plain.fns, plain.params, lambda leaf, _: dataclasses.replace(leaf, corrections=())
+    params = sites.map_model(
+        plain.params, plain.fns.sites, lambda leaf, _: dataclasses.replace(leaf, corrections=())
     )
-    return ModelProblem(
-        plain.fns, params, plain.teacher, plain.tokens[:4], plain.tokens[4:], jax.random.key(7)
-    )
+    return plain.pose(val=len(plain.tokens) - 4, key=jax.random.key(7), params=params)
 
 
 STEP = rilq(rank=2, pool=True, updates=20, batch=4, eval_every=5, lr=1e-2, token_weight=0.0)
@@ -238,7 +235,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(problem, trained, tmp_path):
     for kill in (13, None):
         session = Session(tmp_path / "training", kill)
         try:
-            resumed = STEP.run(dataclasses.replace(problem, session=session))
+            work = Work(problem.work.key, session=session)
+            resumed = STEP.run(dataclasses.replace(problem, work=work))
         except Killed:
             assert kill
         session.close()

@@ -1,39 +1,40 @@
 """Adapters as what is trained: their start, their optimizer, their store."""
 
-import dataclasses
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lqec_jax.train.adapters import (
-    DEFAULT_RANK,
-    LR_TIMES_WIDTH,
-    add_adapter,
-    check_settings,
-    find_adapters,
-    make_optimizer,
-    map_linears,
-    preview_adapters,
-    store_adapters,
-)
 
 from lqec_jax.core.linear import linear
+from lqec_jax.core.types import Schedule
 from lqec_jax.errors import InputError
+from lqec_jax.train.parts.adapters import (
+    DEFAULT_RANK,
+    LR_TIMES_WIDTH,
+    Adapters,
+    add_adapter,
+    find_adapters,
+    store_adapters,
+)
+from lqec_jax.train.rates import Rates, check_schedule, make_optimizer
 from lqec_jax.train.update import init_state, make_update
+from lqec_jax.trainings.rilq import rilq
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 
 D, FF = 16, 24
-SETTINGS = {"rank": 4, "alpha": 16.0, "lr": 1e-2, "updates": 5, "batch": 8, "accumulate": None,
-            "weight_decay": 0.0, "decay": "constant", "patience": 5, "eval_every": 5,
-            "dtype": "float16"}  # fmt: skip
+SETTINGS = {"rank": 4, "alpha": 16.0, "dtype": "float16"}
+RATES = {"lr": 1e-2, "decay": "constant", "weight_decay": 0.0}
+TIMES = {"updates": 5, "batch": 8, "accumulate": None, "eval_every": 5, "patience": 5}
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def optimizer_of(width: int, updates: int, alpha: float = 16.0, **rates):
+    return make_optimizer((Adapters(alpha=alpha, rates=Rates(**rates)),), width, updates)
 
 
 def leaf_of(*corrections, layers: tuple[int, ...] = ()) -> CompressedLinear:
@@ -73,7 +74,7 @@ def test_what_is_stored_is_balanced_in_its_dtype_as_the_preview_says():
         np.linalg.norm(kept.a, axis=0), np.linalg.norm(kept.b, axis=1), rtol=1e-3
     )
     np.testing.assert_allclose(kept.dense(), adapter.dense(), atol=2e-2)
-    shapes = jax.eval_shape(preview_adapters("rilq", SETTINGS), leaf_of())
+    shapes = jax.eval_shape(rilq(rank=4).preview, leaf_of())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), stored
     )
@@ -92,9 +93,15 @@ def test_what_is_stored_is_balanced_in_its_dtype_as_the_preview_says():
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting, said):
-    check_settings("lrec", SETTINGS)
+    def check(settings: dict) -> None:
+        of = lambda known: {name: settings[name] for name in known}  # noqa: E731
+        Adapters(**of(SETTINGS), rates=Rates(**of(RATES))).check("lrec")
+        check_schedule("lrec", Schedule(**of(TIMES)))
+
+    plain = SETTINGS | RATES | TIMES
+    check(plain)
     with pytest.raises(InputError, match="^lrec: ") as caught:
-        check_settings("lrec", SETTINGS | setting)
+        check(plain | setting)
     assert said in str(caught.value)
 
 
@@ -137,9 +144,7 @@ def test_training_a_and_b_is_training_the_published_factors(
     def loss_of_y(answer):
         return size * jnp.mean(jnp.square(answer - y))
 
-    settings = {"alpha": alpha, "lr": lr, "updates": updates, "weight_decay": weight_decay,
-                "decay": decay}  # fmt: skip
-    optimizer = make_optimizer(settings, width=64)
+    optimizer = optimizer_of(64, updates, alpha, lr=lr, decay=decay, weight_decay=weight_decay)
     params = {"w": CompressedLinear(Dense(w), (LowRank(a, alpha / rank * b),))}
     update = make_update(lambda p, x: (loss_of_y(linear(x, p["w"])), {}), optimizer)
     state = init_state(params, optimizer)
@@ -159,11 +164,10 @@ def test_training_a_and_b_is_training_the_published_factors(
 def test_without_a_learning_rate_b_moves_as_far_at_every_rank(rank):
     width, alpha = 64, 16.0
     a, b = draw(D, rank, seed=1), draw(rank, FF, seed=2)
-    gradient = {"w": LowRank(draw(D, rank, seed=3), draw(rank, FF, seed=4))}
+    gradient = {"w": LowRank(*map(jnp.asarray, (draw(D, rank, seed=3), draw(rank, FF, seed=4))))}
 
     def move(lr):
-        settings = SETTINGS | {"rank": rank, "alpha": alpha, "lr": lr, "decay": "cosine"}
-        optimizer = make_optimizer(settings, width=width)
+        optimizer = optimizer_of(width, 5, alpha, lr=lr, decay="cosine")
         state = optimizer.init({"w": LowRank(a, b)})
         return optimizer.update(gradient, state, {"w": LowRank(a, b)})[0]["w"]
 
@@ -174,17 +178,29 @@ def test_without_a_learning_rate_b_moves_as_far_at_every_rank(rank):
     np.testing.assert_allclose(np.abs(ours.b), LR_TIMES_WIDTH / width, rtol=1e-4)
 
 
-def test_map_linears_visits_every_compressed_weight_once_with_its_number():
-    fns = SimpleNamespace(linears=("up", "down"))
-    one = {"up": {"kernel": jnp.zeros((1, D, FF))}, "down": {"kernel": leaf_of(layers=(1,))}}
-    two = {"up": {"kernel": leaf_of(layers=(2,))}, "down": {"kernel": leaf_of(layers=(2,))}}
-    seen = []
+def test_what_is_left_out_of_several_is_named_by_its_path():
+    part = Adapters(leave_out=("mlp/down",))
+    block = {"mlp": {name: {"kernel": leaf_of(LowRank(jnp.ones((D, 2)), jnp.ones((2, FF))))}
+                     for name in ("down", "down2")}}  # fmt: skip
+    labels = {
+        jax.tree_util.keystr(path): part.label(path, array)
+        for path, array in jax.tree_util.tree_leaves_with_path({"blocks": (block,)})
+    }
+    moving = {path for path, label in labels.items() if label == "adapters"}
+    assert len(moving) == 2 and all("['down2']" in path for path in moving)
+    assert {label for path, label in labels.items() if path not in moving} == {None}
 
-    def mark(leaf, number):
-        seen.append((number, leaf.stack_shape))
-        return dataclasses.replace(leaf, corrections=(number,))
 
-    changed = map_linears(fns, {"blocks": (one, two), "embed": 5}, mark)
-    assert seen == [(1, (1,)), (2, (2,)), (3, (2,))]
-    assert changed["embed"] == 5 and changed["blocks"][0]["up"] is one["up"]
-    assert changed["blocks"][1]["down"]["kernel"].corrections == (3,)
+def test_it_counts_those_that_are_there_or_those_it_would_add():
+    part = Adapters(rank=3)
+    assert part.count(leaf_of()) == 3 * (D + FF)
+    there = LowRank(jnp.ones((D, 2)), jnp.ones((2, FF)))
+    assert part.count(leaf_of(there)) == 2 * (D + FF)
+    rounded = QuantizedLowRank.round(draw(D, 4), draw(4, FF), bits=4, group_size=8)
+    assert part.count(leaf_of(rounded)) == 4 * (D + FF)
+
+
+def test_parts_are_equal_by_value():
+    assert Adapters(rank=3, rates=Rates(0.1)) == Adapters(rank=3, rates=Rates(0.1))
+    assert hash(Adapters(rank=3).named("rilq")) == hash(Adapters(rank=3, method="rilq"))
+    assert make_optimizer((Adapters(),), 64, 5) is make_optimizer((Adapters(),), 64, 5)

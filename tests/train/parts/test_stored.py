@@ -6,28 +6,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lqec_jax.train.adapters import map_linears
-from lqec_jax.train.tuning import Tuning, make_rate, make_selection, tune
 
-from lqec_jax.core.tree import combine, get_at, partition
+from lqec_jax.core import sites
+from lqec_jax.core.tree import combine, partition
+from lqec_jax.core.types import ModelProblem, Windows
 from lqec_jax.errors import InputError
 from lqec_jax.models.decoder import init_params
-from lqec_jax.train import tuning
+from lqec_jax.train.losses import ModelLoss, NextToken
+from lqec_jax.train.parts import Norms, Rest, StoredAdapters
+from lqec_jax.train.parts.stored import Unrounded
+from lqec_jax.train.steps import read_weight
+from lqec_jax.trainings.finetune import CHOICES, finetune
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.sparse import Masked
-from tests.train.tiny import make_config, make_plain_problem
+from tests.train.tiny import make_config, make_plain_problem, training_of
 
 TRAIN = 6
-SETTINGS = {"rank": None, "train": "adapters", "optimizer": "adamw", "lr": 0.02, "decay": "cosine",
-            "warmup": 2, "updates": 12, "batch": 2, "accumulate": 1, "weight_decay": 0.0,
-            "patience": 0, "eval_every": 4, "dtype": "float16"}  # fmt: skip
+SETTINGS = {"optimizer": "adamw", "lr": 0.02, "decay": "cosine", "warmup": 2, "updates": 12,
+            "batch": 2, "accumulate": 1, "patience": 0, "eval_every": 4}  # fmt: skip
+PART = StoredAdapters().named("finetune")
 PLAIN = make_plain_problem(windows=8, d=32)
 KEEP = np.random.default_rng(0).random((1, 32, 32)) < 0.5
 
 
 def with_leaves(change):
     params = jax.tree.map(jnp.asarray, PLAIN.params)
-    return map_linears(PLAIN.fns, params, lambda leaf, _: change(leaf))
+    return sites.map_model(params, PLAIN.fns.sites, lambda leaf, _: change(leaf))
 
 
 def rounded(leaf):
@@ -37,11 +41,12 @@ def rounded(leaf):
     return replace(leaf, base=Masked.from_mask(leaf.base, KEEP), corrections=(few,))
 
 
-def pose(params, **changes) -> Tuning:
-    weights = np.full((8, PLAIN.tokens.shape[1] - 1), 1 / (PLAIN.tokens.shape[1] - 1), np.float32)
-    facts = {"fns": PLAIN.fns, "params": params, "tokens": PLAIN.tokens, "weights": weights,
-             "train": TRAIN, "width": 32, "key": jax.random.key(0)}  # fmt: skip
-    return Tuning(**(facts | changes))
+def pose(params) -> ModelProblem:
+    """Returns a problem without a teacher, whose text says what every token counts."""
+    length = PLAIN.tokens.shape[1] - 1
+    weights = np.full((8, length), 1 / length, np.float32)
+    windows = Windows(PLAIN.tokens, TRAIN, weights)
+    return PLAIN.pose(val=8 - TRAIN, params=params, windows=windows, teacher=None)
 
 
 def loss_by_hand(params, tokens, weights) -> float:
@@ -55,13 +60,13 @@ def loss_by_hand(params, tokens, weights) -> float:
 
 @pytest.fixture(scope="module")
 def through():
-    return tune("finetune", pose(with_leaves(rounded)), SETTINGS)
+    return finetune(**SETTINGS).run(pose(with_leaves(rounded)))
 
 
 def test_what_is_stored_is_what_was_trained(through):
     before = with_leaves(rounded)
     problem = pose(before)
-    held = problem.tokens[TRAIN:], problem.weights[TRAIN:]
+    held = problem.windows.tokens[TRAIN:], problem.windows.weights[TRAIN:]
     losses = {point.update: point.val_loss for point in through.history}
     assert losses[0] == pytest.approx(loss_by_hand(before, *held), rel=1e-5)
     best = losses[through.best_update]
@@ -88,30 +93,33 @@ def test_nothing_but_adapters_moves_and_zeros_stay(through):
 
 
 def test_a_rounding_passes_gradients_unchanged():
-    opened, roundings = tuning.open_adapters(PLAIN.fns, with_leaves(rounded))
+    opened = with_leaves(lambda leaf: PART.begin(rounded(leaf), jax.random.key(0)))
     nudged = jax.tree.map(lambda a: 1.03 * a if a.dtype == jnp.float32 else a, opened)
-    read = tuning.round_through(PLAIN.fns, nudged, roundings)
-    problem = pose(nudged)
-    batch = {"tokens": problem.tokens[:2], "weights": problem.weights[:2]}
+    reading = lambda leaf, _: read_weight((PART,), leaf)  # noqa: E731
+    read = sites.map_model(nudged, PLAIN.fns.sites, reading)
+    windows = pose(nudged).windows
+    batch = {"tokens": windows.tokens[:2], "weights": windows.weights[:2]}
 
-    def gradient(params, roundings):
+    def gradient(params):
         train, frozen = partition(params, "adapters")
-        objective = tuning._make_objective(problem, roundings, None)
-        return jax.grad(lambda t: objective.loss(combine(t, frozen), batch)[0])(train)
 
-    came, wanted = gradient(nudged, roundings), gradient(read, {})
-    for one, other in zip(jax.tree.leaves(came), jax.tree.leaves(wanted), strict=True):
+        def loss(train):
+            whole = sites.map_model(combine(train, frozen), PLAIN.fns.sites, reading)
+            return ModelLoss((NextToken(),))(PLAIN.fns, whole, batch)[0]
+
+        return jax.grad(loss)(train)
+
+    for one, other in zip(*map(jax.tree.leaves, (gradient(nudged), gradient(read))), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
-    leaves = [p["blocks"][0]["mix"]["kernel"].corrections[0] for p in (nudged, read)]
-    assert bool(jnp.any(leaves[0].a != leaves[1].a))
-    again = tuning.round_adapter(leaves[0], roundings[0][0]).factors()
-    np.testing.assert_array_equal(leaves[1].a, again.a)
+    trained, came = (p["blocks"][0]["mix"]["kernel"].corrections[0] for p in (nudged, read))
+    assert isinstance(trained, Unrounded) and bool(jnp.any(trained.a != came.a))
+    np.testing.assert_array_equal(came.a, trained.close().factors().a)
 
 
 def test_scales_move_by_a_part_of_themselves_and_stay_what_they_were():
     before = with_leaves(lambda leaf: replace(leaf, corrections=()))
     settings = SETTINGS | {"train": "scales", "lr": 0.05, "updates": 8}
-    solution = tune("finetune", pose(before), settings)
+    solution = finetune(**settings).run(pose(before))
     losses = [point.val_loss for point in solution.history]
     assert solution.best_update and min(losses) < losses[0] - 0.01
     pairs = zip(*(jax.tree_util.tree_leaves_with_path(p) for p in (before, solution.params)),
@@ -125,7 +133,7 @@ def test_the_rest_can_move_too_by_adafactor():
     before = with_leaves(lambda leaf: leaf)
     settings = SETTINGS | {"train": "adapters+rest", "optimizer": "adafactor", "decay": "linear",
                            "updates": 4}  # fmt: skip
-    solution = tune("finetune", pose(before), settings)
+    solution = finetune(**settings).run(pose(before))
     assert solution.best_update == 4
     for name in ("embed", "head"):
         assert bool(jnp.any(before[name] != solution.params[name]))
@@ -138,29 +146,17 @@ def test_what_each_choice_selects():
         train: {
             jax.tree_util.keystr(path)
             for path, _ in jax.tree_util.tree_leaves_with_path(
-                partition(params, make_selection(train))[0]
+                partition(params, training_of(finetune(train=train)).moves)[0]
             )
         }
-        for train in tuning.CHOICES
+        for train in CHOICES
     }
-    assert named["adapters"] == named["scales"] == set()
+    assert named["adapters"] == named["scales"] == named["scales+zeros"] == set()
     assert "['norm']['scale']" in named["adapters+norms"]
     assert "['blocks'][0]['attn_norm']['scale']" in named["adapters+norms"]
     assert all("norm" in name for name in named["adapters+norms"])
     assert {"['embed']['embedding']", "['head']['kernel']"} <= named["adapters+rest"]
     assert named["adapters+norms"] < named["adapters+rest"]
-
-
-def test_the_rate_rises_and_falls():
-    def rates(**changes):
-        rate = make_rate(1.0, SETTINGS | {"updates": 10} | changes)
-        return [float(rate(n)) for n in range(11)]
-
-    cosine = rates(warmup=4, decay="cosine")
-    np.testing.assert_allclose(cosine[:5], [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
-    assert cosine[4:] == sorted(cosine[4:], reverse=True) and cosine[10] == pytest.approx(0)
-    np.testing.assert_allclose(rates(warmup=0, decay="linear"), 1 - np.arange(11) / 10, atol=1e-6)
-    assert rates(warmup=0.2, decay="constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 9)
 
 
 @pytest.mark.parametrize(
@@ -177,18 +173,35 @@ def test_the_rate_rises_and_falls():
 )
 def test_settings_are_checked(changes, message):
     with pytest.raises(InputError, match=message) as caught:
-        tuning.check_settings("finetune", SETTINGS | changes)
+        finetune(**SETTINGS | changes)
     assert str(caught.value).startswith("finetune: ") and "\n" not in str(caught.value)
 
 
 def test_adapters_that_are_not_there_are_asked_for():
-    bare = get_at(with_leaves(lambda leaf: replace(leaf, corrections=())), "blocks")[0]
-    leaf = bare["mix"]["kernel"]
+    key = jax.random.key(0)
+    bare = with_leaves(lambda leaf: replace(leaf, corrections=()))
+    leaf = bare["blocks"][0]["mix"]["kernel"]
     with pytest.raises(InputError, match="no adapters; give rank=16 for new ones"):
-        tuning.begin("finetune", leaf, SETTINGS, jax.random.key(0))
-    new = tuning.begin("finetune", leaf, SETTINGS | {"rank": 3}, jax.random.key(0))
+        PART.begin(leaf, key)
+    of_rank_3 = StoredAdapters(rank=3).named("finetune")
+    new = of_rank_3.begin(leaf, key)
     assert new.corrections[0].rank == 3 and (new.corrections[0].b == 0).all()
-    few = rounded(get_at(with_leaves(lambda leaf: leaf), "blocks")[0]["mix"]["kernel"])
+    assert new.corrections[0].a.dtype == jnp.float16
+    few = rounded(with_leaves(lambda leaf: leaf)["blocks"][0]["mix"]["kernel"])
     with pytest.raises(InputError, match="quantized adapters of rank 4; leave rank out"):
-        tuning.begin("finetune", few, SETTINGS | {"rank": 3}, jax.random.key(0))
-    assert tuning.begin("finetune", few, SETTINGS, jax.random.key(0)) is few
+        of_rank_3.begin(few, key)
+
+
+def test_without_a_gain_rounded_adapters_are_those_that_came_beside_what_others_put_in():
+    few = rounded(with_leaves(lambda leaf: leaf)["blocks"][0]["mix"]["kernel"])
+    begun = PART.begin(few, jax.random.key(0))
+    other = replace(begun, base=few.base.inner)  # as a part before or after it may have left it
+    for leaf, base in ((begun, few.base), (other, few.base.inner)):
+        kept = PART.unmoved(leaf, few)
+        assert kept.corrections is few.corrections and kept.base is base
+
+
+def test_norms_and_the_rest_are_no_numbers_of_a_weight():
+    leaf = with_leaves(lambda leaf: leaf)["blocks"][0]["mix"]["kernel"]
+    assert Norms().count(leaf) == Rest().count(leaf) == 0
+    assert PART.count(leaf) == PART.count(rounded(leaf)) == 4 * (32 + 32)
