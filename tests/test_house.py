@@ -59,6 +59,7 @@ MIRRORS = {
     "lqec_jax/__init__.py": ("tests/test_house.py", "names only; loading them is tested here"),
     "lqec_jax/demo/__init__.py": ("tests/demo/test_run.py", "a path"),
     "lqec_jax/train/__init__.py": ("tests/train/test_update.py", "re-exports"),
+    "lqec_jax/train/parts/__init__.py": ("tests/train/parts/test_part.py", "re-exports"),
     "lqec_jax/cli/__init__.py": ("tests/cli/test_app.py", "re-exports main"),
     "lqec_jax/__main__.py": ("tests/test_house.py", "one line, run below as a subprocess"),
     "kernels/lqec_kernels/fields.py": ("tests/kernels/test_formats.py", "how formats say theirs"),

@@ -1,8 +1,10 @@
 """The table of methods."""
 
+from inspect import signature
+
 import pytest
 
-from lqec_jax.core.types import Step
+from lqec_jax.core.types import LinearStep, TrainingStep
 from lqec_jax.errors import InputError
 from lqec_jax.methods import METHODS, find_factory
 
@@ -17,15 +19,15 @@ WIDTHS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_tells_the_truth_about_its_step(name):
     row, step = METHODS[name], find_factory(name)()
-    assert isinstance(step, Step)
+    assert isinstance(step, LinearStep if row.scope == "linear" else TrainingStep)
     assert (step.name, step.scope) == (name, row.scope)
-    assert set(step.arguments) <= set(find_factory(name).__kwdefaults__)
+    assert set(step.arguments) <= set(signature(find_factory(name)).parameters)
     assert ("bits" in step.arguments) == (name in WIDTHS)
     assert step.objective_name
     if step.scope == "linear":
-        assert step.objective is not None and step.preview is None
-    if step.scope == "model":
-        assert step.preview is not None
+        assert step.objective is not None
+    else:
+        assert step.schedule.updates or step.schedule.epochs
 
 
 @pytest.mark.parametrize("name", WIDTHS)

@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lqec_jax.train.adapters import map_linears
 
 import lqec_jax as lqec
 from lqec_jax.compensation.merge import fold, merge, shift_zeros
+from lqec_jax.core import sites
 from lqec_jax.core.bases import mask_base
 from lqec_jax.core.tree import get_at, unstack_blocks
 from lqec_jax.core.types import (
     Evaluation,
     LinearProblem,
     LinearStats,
-    ModelSolution,
-    Step,
+    Schedule,
+    Solution,
+    TrainingStep,
     run_linear,
 )
 from lqec_jax.errors import InputError
@@ -295,7 +296,7 @@ RTN = "rtn(bits=3, group_size=16)"
 TOKENS = make_tokens(6)
 
 
-def add_pooled() -> Step:
+def add_pooled() -> TrainingStep:
     """Makes a model step that gives every weight a pooled adapter, as a training would."""
 
     def add(leaf: CompressedLinear, number: int = 0) -> CompressedLinear:
@@ -305,10 +306,10 @@ def add_pooled() -> Step:
         return dataclasses.replace(leaf, corrections=(LowRank(a, b, 16),))
 
     def run(problem):
-        params = map_linears(problem.fns, problem.params, add)
-        return ModelSolution(params, (Evaluation(0, None, 1.0),), 0)
+        params = sites.map_model(problem.params, problem.fns.sites, add)
+        return Solution(params, (Evaluation(0, None, 1.0),), 0)
 
-    return Step("add", "model", run, {}, preview=add)
+    return TrainingStep("add", "model", run, {}, Schedule(), add, lambda leaf: 0)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from lqec_jax.core.corrections import (
     requantize,
     store,
 )
-from lqec_jax.core.types import LinearProblem, LinearStats, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStats, LinearStep, weight_error
 from lqec_jax.errors import InputError
+from lqec_jax.trainings.rilq import rilq
 from lqec_kernels.formats import (
     Affine,
     ChannelScale,
@@ -42,7 +43,7 @@ PROBLEM = LinearProblem(jnp.asarray(W), LinearStats(), jax.random.key(0))
 LEAF = CompressedLinear(Dense(PROBLEM.w))
 
 
-def on_grid(step: float | None = None, bits: int = 8, **fields) -> Step:
+def on_grid(step: float | None = None, bits: int = 8, **fields) -> LinearStep:
     """Makes a quantizer to multiples of `step`; None takes what fits each column."""
 
     def run(problem: LinearProblem, leaf: CompressedLinear):
@@ -58,14 +59,14 @@ def on_grid(step: float | None = None, bits: int = 8, **fields) -> Step:
         new = replace_base(leaf, base)
         return (new, jnp.sum(w)) if fields.get("notes") else new
 
-    return Step("on_grid", "linear", run, {"step": step}, **fields)
+    return LinearStep("on_grid", run, {"step": step}, **fields)
 
 
 def correct(error, rank: int = RANK):
     return store(*truncate(error, rank), "float32"), ()
 
 
-def take_turns(quantizer: Step, leaf: CompressedLinear = LEAF, **fields):
+def take_turns(quantizer: LinearStep, leaf: CompressedLinear = LEAF, **fields):
     turns = Turns("a_method", quantizer, **fields)
     return jax.jit(lambda p, leaf: alternate(p, leaf, turns, correct, weight_error))(PROBLEM, leaf)
 
@@ -191,7 +192,7 @@ def test_the_quantizers_own_corrections_come_after_the_leafs():
         new = on_grid(bits=2).run(problem, leaf)
         return dataclasses.replace(new, corrections=(*new.corrections, extra))
 
-    leaf, _ = take_turns(Step("shifted", "linear", run, {}), AROUND["a correction"], iters=2)
+    leaf, _ = take_turns(LinearStep("shifted", run, {}), AROUND["a correction"], iters=2)
     assert [c.rank for c in leaf.corrections] == [2, 1, RANK]
     left = W - sum(np.asarray(c.dense()) for c in leaf.corrections[:2]) - leaf.base.dense()
     _, spectrum, _ = np.linalg.svd(left)
@@ -203,7 +204,7 @@ def test_the_quantizers_own_corrections_come_after_the_leafs():
 # The step
 
 
-def make(arguments: dict, notes=None) -> Step:
+def make(arguments: dict, notes=None) -> LinearStep:
     def solve(error, problem, rank):
         return store(*truncate(error, rank), "float32"), jnp.sum(error)
 
@@ -248,7 +249,7 @@ def test_without_a_quantizer_the_base_stays():
         ({"keep": "first"}, "keep='first'"),
         ({"quantizer": "nf"}, "quantizer='nf'; a method that quantizes single weights was wanted"),
         (
-            {"quantizer": Step("rilq", "model", print, {})},
+            {"quantizer": rilq()},
             "quantizer=rilq, a model step; a method that quantizes single weights",
         ),
     ],
@@ -259,7 +260,7 @@ def test_other_arguments_are_refused(arguments, words):
 
 
 def test_a_quantizer_that_makes_no_base_is_refused_on_shapes():
-    halve = Step("halve", "linear", lambda problem, leaf: leaf, {})
+    halve = LinearStep("halve", lambda problem, leaf: leaf, {})
     for leaf in (LEAF, mask_base(LEAF, jnp.asarray(W > 0))):
         run = partial(make({"quantizer": halve}).run, PROBLEM)
         with pytest.raises(InputError, match="quantizer=halve leaves the weight dense; one that"):

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from lqec_jax.core.sites import in_groups
-from lqec_jax.core.types import LinearProblem, LinearStats, ModelFns, Step, weight_error
+from lqec_jax.core.types import (
+    LinearProblem,
+    LinearStats,
+    LinearStep,
+    ModelFns,
+    Schedule,
+    Windows,
+    weight_error,
+)
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 
 
@@ -20,8 +28,8 @@ def leaf_of(w, *corrections) -> CompressedLinear:
     return CompressedLinear(Dense(jnp.asarray(w, jnp.float32)), corrections)
 
 
-def step(name: str = "rtn", **arguments) -> Step:
-    return Step(name, "linear", run=lambda problem, leaf: leaf, arguments=arguments)
+def step(name: str = "rtn", **arguments) -> LinearStep:
+    return LinearStep(name, run=lambda problem, leaf: leaf, arguments=arguments)
 
 
 def test_weight_error_is_relative_and_sees_the_whole_operator():
@@ -67,3 +75,14 @@ def test_linears_are_the_groups_in_order():
     # Programs are kept by it.
     other = dataclasses.replace(fns, sites=in_groups(groups, row_parallel=["mlp/down"]))
     assert other == fns and hash(other) == hash(fns)
+
+
+def test_epochs_become_updates_of_batches_there_are():
+    schedule = Schedule(epochs=3, batch=4, eval_every=None, patience=0)
+    assert schedule.resolve(10) == Schedule(6, 4, 1, 2, 0)
+    assert schedule.resolve(3) == Schedule(3, 3, 1, 1, 0)  # fewer windows than a batch
+    assert Schedule(updates=7).resolve(3) == Schedule(updates=7)
+
+
+def test_windows_that_are_not_for_training_are_looked_at():
+    assert Windows(np.zeros((7, 4), np.int32), train=5).val == 2

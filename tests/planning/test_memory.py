@@ -21,11 +21,10 @@ from lqec_jax.planning.memory import (
 )
 from lqec_jax.planning.sizes import measure_model
 from lqec_jax.recipe import Recipe, parse_recipe
-from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import init_state, make_update
 from tests.compiling import options_for_memory
 from tests.planning.shapes import LLAMA_7B
-from tests.train.tiny import draw_decoder, make_config
+from tests.train.tiny import RILQ, draw_decoder, make_config
 
 RECIPE = parse_recipe("rtn(bits=2, group_size=64) | rilq(rank=64)")
 TEXT = TextSize(seqlen=512, windows=320, score=64)
@@ -101,8 +100,7 @@ def test_xla_counts_as_much_for_an_update(tmp_path):
     fns = model_fns(config, remat=False)
 
     def loss(params, batch):
-        return rilq_terms(fns, batch["teacher"], params, batch["tokens"],
-                          model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+        return RILQ(fns, params, batch)
 
     optimizer = optax.adam(1e-3)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)

@@ -10,7 +10,14 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, set_at, unstack_blocks
-from lqec_jax.core.types import BlockSolution, Evaluation, ModelSolution, Step, weight_error
+from lqec_jax.core.types import (
+    Evaluation,
+    LinearStep,
+    Schedule,
+    Solution,
+    TrainingStep,
+    weight_error,
+)
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.runs.blocks import wrap_linears
@@ -36,8 +43,9 @@ def teacher(folder):
     return lqec.load(folder / "model")
 
 
-def make_step(run, name="look", **options) -> Step:
-    return Step(name, "block", run, {"epochs": 1, "batch": 2}, preview=lambda leaf: leaf, **options)
+def make_step(run, name="look", scope="block") -> TrainingStep:
+    schedule = Schedule(epochs=1, batch=2)
+    return TrainingStep(name, scope, run, {}, schedule, lambda leaf: leaf, lambda leaf: 0)
 
 
 def compress(folder, *steps, **options):
@@ -45,13 +53,13 @@ def compress(folder, *steps, **options):
                          **options)  # fmt: skip
 
 
-def looking(seen: list) -> Step:
+def looking(seen: list) -> TrainingStep:
     """Returns a block step that keeps copies of what it sees and changes nothing."""
 
     def run(problem):
         arrays = {name: np.array(getattr(problem, name)) for name in ("teacher", "student")}
         seen.append(dataclasses.replace(problem, **arrays))
-        return BlockSolution(problem.block, HISTORY, 4, ("looked",))
+        return Solution(problem.block, HISTORY, 4, ("looked",))
 
     return make_step(run)
 
@@ -86,7 +94,7 @@ def test_a_block_step_sees_the_block_and_both_streams(teacher, chained):
         h = block(dense[layer], h)[0]
         student = block(compressed[layer], student)[0]
     assert not np.allclose(seen[1].student, seen[1].teacher, atol=1e-3)
-    keys = {tuple(jax.random.key_data(problem.key).tolist()) for problem in seen}
+    keys = {tuple(jax.random.key_data(problem.work.key).tolist()) for problem in seen}
     assert len(keys) == LAYERS
 
 
@@ -121,7 +129,7 @@ def replacing(base_of):
             leaf = get_at(block, f"{path}/kernel")
             new = dataclasses.replace(leaf, base=Dense(base_of(leaf.base.dense())))
             block = set_at(block, f"{path}/kernel", new)
-        return BlockSolution(block, HISTORY, 4)
+        return Solution(block, HISTORY, 4)
 
     return make_step(run, "double")
 
@@ -137,7 +145,7 @@ def test_what_follows_a_block_step_reads_what_it_made(folder, teacher):
         jax.debug.callback(lambda rms: seen.setdefault(len(seen), rms), problem.stats.rms)
         return weight_error(problem, leaf)
 
-    after = Step("after", "linear", run, {}, frozenset({"rms"}), objective=objective)
+    after = LinearStep("after", run, {}, frozenset({"rms"}), objective=objective)
     small = compress(folder, replacing(lambda w: 2 * w), after)
     (first, *_) = unstack_blocks(small.params["blocks"])
     w = get_at(unstack_blocks(teacher.params["blocks"])[0], "mlp/down/kernel")
@@ -157,9 +165,9 @@ def test_after_a_model_step_both_streams_are_walked_again(folder, teacher):
         leaf = segment["mlp"]["down"]["kernel"]
         segment = set_at(segment, "mlp/down/kernel", CompressedLinear(Dense(2 * leaf.dense())))
         params = {**problem.params, "blocks": (segment,)}
-        return ModelSolution(params, HISTORY, 4)
+        return Solution(params, HISTORY, 4)
 
-    model_step = Step("double", "model", double, {}, preview=lambda leaf: leaf)
+    model_step = make_step(double, "double", "model")
     seen = []
     small = compress(folder, model_step, looking(seen))
     assert [stage["name"] for stage in small.report["stages"]] == ["teacher", "double", "look"]
@@ -180,7 +188,7 @@ def test_a_step_gets_the_teacher_s_fisher(folder):
         assert fisher.shape == problem.w.shape and problem.stats.rms is None
         return CompressedLinear(Dense(fisher))
 
-    step = Step("curvature", "linear", run, {}, frozenset({"fisher"}), objective=weight_error)
+    step = LinearStep("curvature", run, {}, frozenset({"fisher"}), objective=weight_error)
     lines = []
 
     class Reporter:

@@ -9,7 +9,14 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, unstack_blocks
-from lqec_jax.core.types import Evaluation, ModelSolution, Step, weight_error
+from lqec_jax.core.types import (
+    Evaluation,
+    LinearStep,
+    Schedule,
+    Solution,
+    TrainingStep,
+    weight_error,
+)
 from lqec_jax.errors import InputError
 from lqec_jax.io.sources.source import open_folder, read_source
 from lqec_jax.models import decoder
@@ -77,7 +84,7 @@ def test_the_streams_end_where_the_whole_model_does(teacher, rounded, small):
 
 
 def test_without_another_text_the_validation_windows_are_the_score(folder, teacher):
-    keep = Step("keep", "linear", lambda problem, leaf: leaf, {}, objective=weight_error)
+    keep = LinearStep("keep", lambda problem, leaf: leaf, {}, objective=weight_error)
     report = lqec.compress(folder / "model", Recipe((keep,)), TOKENS, seqlen=SEQLEN).report
     stage = report["stages"][0]
     assert stage["protocol"] == "calib-val/32"
@@ -110,7 +117,7 @@ def test_a_step_sees_what_it_asked_for_and_nothing_else(folder):
         seen.append((problem.w.shape, problem.stats.rms is None))
         return leaf
 
-    step = Step("look", "linear", run, {}, objective=weight_error)
+    step = LinearStep("look", run, {}, objective=weight_error)
     asking = dataclasses.replace(step, needs=frozenset({"rms"}))
     for one, without in ((step, True), (asking, False)):
         seen.clear()
@@ -158,9 +165,10 @@ def make_model_step(see):
 
     def run(problem):
         see(problem)
-        return ModelSolution(problem.params, (Evaluation(0, None, 1.0),), 0, ("looked",))
+        return Solution(problem.params, (Evaluation(0, None, 1.0),), 0, ("looked",))
 
-    return Step("look", "model", run, {}, preview=lambda leaf: leaf)
+    keep = lambda leaf: leaf  # noqa: E731
+    return TrainingStep("look", "model", run, {}, Schedule(), keep, lambda leaf: 0)
 
 
 def test_a_model_step_sees_the_student_the_text_and_the_teacher_s_last_state(folder, teacher):
@@ -168,9 +176,9 @@ def test_a_model_step_sees_the_student_the_text_and_the_teacher_s_last_state(fol
     small = lqec.compress(folder / "model", Recipe((make_model_step(seen.append),)), TOKENS,
                           seqlen=SEQLEN, eval=HELD_OUT, mesh=mesh)  # fmt: skip
     (problem,) = seen
-    np.testing.assert_array_equal(problem.train, TRAIN)
-    np.testing.assert_array_equal(problem.val, VAL)
-    assert problem.mesh is mesh
+    np.testing.assert_array_equal(problem.windows.tokens, np.concatenate([TRAIN, VAL]))
+    assert (problem.windows.train, problem.windows.val) == (len(TRAIN), len(VAL))
+    assert problem.windows.weights is None and problem.work.mesh is mesh
     expected = jax.jit(teacher.fns.hidden)(teacher.params, np.concatenate([TRAIN, VAL]))[0]
     np.testing.assert_allclose(problem.teacher, expected, rtol=1e-4, atol=1e-4)
     # A recipe may begin with a model step: its student is the dense model.
@@ -185,7 +193,7 @@ def test_a_model_step_sees_the_student_the_text_and_the_teacher_s_last_state(fol
 def test_a_model_step_after_one_that_trained_the_norm_has_the_teacher_s(folder, teacher):
     def double(problem):
         norm = jax.tree.map(lambda array: 2 * array, problem.params["norm"])
-        return ModelSolution({**problem.params, "norm": norm}, (Evaluation(0, None, 1.0),), 0)
+        return Solution({**problem.params, "norm": norm}, (Evaluation(0, None, 1.0),), 0)
 
     seen = []
     look = make_model_step(seen.append)
@@ -227,7 +235,7 @@ def make_broken(layer_norm_of_w):
         hit = jnp.abs(jnp.sum(jnp.abs(problem.w)) - layer_norm_of_w) < 1e-3
         return CompressedLinear(Dense(jnp.where(hit, jnp.nan, leaf.dense())))
 
-    return Step("broken", "linear", run, {"scale": 3}, objective=weight_error)
+    return LinearStep("broken", run, {"scale": 3}, objective=weight_error)
 
 
 def test_a_step_that_makes_nan_is_stopped_and_the_weight_named(folder, teacher, tmp_path):
@@ -244,7 +252,7 @@ def test_a_refusal_names_the_weight(folder):
             raise InputError("refuse: this shape is not for me; choose another")
         return leaf
 
-    recipe = Recipe((Step("refuse", "linear", refuse, {}, objective=weight_error),))
+    recipe = Recipe((LinearStep("refuse", refuse, {}, objective=weight_error),))
     with pytest.raises(
         InputError, match=r"not for me; choose another \(at every block's mlp/down\)"
     ):

@@ -6,23 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lqec_jax.train.block_fit import build_block, make_objective
-from lqec_jax.train.linear_fit import collect_moments, find_cross, find_loss
 
-from lqec_jax.core import grids
-from lqec_jax.core.clipping import clip_range, start_clips
+from lqec_jax.core import clipping, grids
+from lqec_jax.core.clipping import Clipped, clip_range, start_clips
 from lqec_jax.core.closed_form import reduce_rank, regression_error
 from lqec_jax.core.group_grid import GroupGrid
-from lqec_jax.core.types import LinearProblem, LinearStats
+from lqec_jax.core.types import LinearProblem, LinearStats, Work
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import parse_recipe
-from lqec_jax.trainings import apiq as module
-from lqec_jax.trainings.apiq import apiq, make_solving, make_trainable
+from lqec_jax.train.answers import Answer
+from lqec_jax.train.moments import collect_moments, find_cross, find_loss
+from lqec_jax.train.parts import Adapters, Clips
+from lqec_jax.train.rates import make_optimizer
+from lqec_jax.train.steps import Program, read_weight
+from lqec_jax.trainings.apiq import apiq
 from lqec_jax.trainings.omniquant import omniquant
 from lqec_kernels.formats import ChannelScale, CompressedLinear, Dense, LowRank
 from lqec_kernels.packing import unpack
 from lqec_kernels.sparse import Masked
-from tests.train.tiny import make_block_problem
+from tests.train.tiny import make_block_problem, training_of
 
 GRID, RANK = GroupGrid(bits=2, group_size=16), 4
 SMALL = {"bits": 2, "group_size": 16, "rank": RANK, "epochs": 4, "batch": 2}
@@ -69,7 +71,7 @@ def test_training_lowers_what_is_stored(problem, solution):
     losses = {point.update: point.val_loss for point in solution.history}
     assert solution.best_update > 0
     assert losses[solution.best_update] == min(losses.values()) < 0.5 * losses[0]
-    leaf = weight_of(solution.block)
+    leaf = weight_of(solution.params)
     assert leaf.bits_per_weight == 2 + (16 + 2) / 16 + 16 * 2 * RANK / 32
     block = jax.jit(problem.fns.block)
     h, student = problem.teacher, problem.student
@@ -86,7 +88,7 @@ def test_training_lowers_what_is_stored(problem, solution):
 
 def test_codes_computed_again_from_the_stored_scales_are_the_stored_codes(problem, solution):
     w = np.asarray(problem.dense["mix"]["kernel"]).reshape(2, 16, 32)
-    words, scales, zeros = weight_of(solution.block).base.columns()
+    words, scales, zeros = weight_of(solution.params).base.columns()
     scales, zeros = (np.asarray(a, np.float32)[:, None] for a in (scales, zeros))
     codes = np.clip(np.round(w / scales) + zeros, 0, 3).reshape(32, 32)
     np.testing.assert_array_equal(unpack(words, 2, 32), codes)
@@ -103,7 +105,7 @@ def test_the_student_stays_nearer_at_every_block_than_with_rounding(problem):
             problem, dense={"mix": {"kernel": w}}, teacher=teacher, student=ours
         )
         weights = (
-            weight_of(STEP.run(put(here, leaf)).block).dense(),
+            weight_of(STEP.run(put(here, leaf)).params).dense(),
             rtn.run(LinearProblem(w, LinearStats(), jax.random.key(0)), leaf).dense(),
         )
         ours, rounded, teacher = (
@@ -123,18 +125,16 @@ def test_finite_differences_are_the_gradients_of_the_block_loss():
         random, w = np.random.default_rng(5), problem.block["mix"]["kernel"].base.w
         draw = lambda *shape: jnp.asarray(random.standard_normal(shape))  # noqa: E731
         adapter = LowRank(draw(32, RANK) / RANK, draw(RANK, 32) / 10)
-        leaf = CompressedLinear(Dense(w), (adapter,))
         clips = {n: jnp.asarray(random.normal(0.5, 0.3, (2, 32)), jnp.float32) for n in UP_LOW}
         trained = {"clips": clips, "adapters": (adapter,)}
-        objective = make_objective(
-            problem, build_block(make_trainable(GRID, jnp.float32).read), aug=True
-        )
-        batch = objective.batch(np.arange(4))
-        block = {"mix": {"kernel": leaf}}
+        parts = Clips(grid=GRID), Adapters(rank=RANK)
+        program = Program(problem.fns, parts, Answer(aug=True))
+        batch = program.loss.prepare("apiq", problem)(np.arange(4))
 
         def loss(trained):
-            params = {"train": {"mix": trained}, "frozen": {"block": block}}
-            return objective.loss(params, batch)[0]
+            ends = (trained["clips"][name] for name in UP_LOW)
+            leaf = CompressedLinear(Clipped(Dense(w), *ends, GRID), trained["adapters"])
+            return program({"blocks": ({"mix": {"kernel": leaf}},)}, batch)[0]
 
         read = surrogate_of(np.asarray(w, np.float64), clips)
 
@@ -209,7 +209,7 @@ def left_and_bound(problem, leaf, moments):
 def test_by_weights_adapters_come_near_their_bound_and_never_pass_it(problem, by_weight):
     moments, _ = collect_moments(problem, problem.block, ("mix",))["mix"]
     assert by_weight.best_update > 0
-    left, least = left_and_bound(problem, weight_of(by_weight.block), moments)
+    left, least = left_and_bound(problem, weight_of(by_weight.params), moments)
     assert 0.9999 * least <= left <= 1.05 * least
     base, adapter = start_of(problem, moments, aug=False)
     first = CompressedLinear(base, (adapter,))
@@ -220,11 +220,17 @@ def test_by_weights_adapters_come_near_their_bound_and_never_pass_it(problem, by
 
 def start_of(problem, moments, *, aug: bool):
     """Returns the base and the adapter that training by weights begins with."""
-    trainable, leaf = make_trainable(GRID, jnp.float32), weight_of(problem.block)
-    solving = make_solving(trainable, RANK, aug=aug)
-    trained = trainable.start(solving.begin(leaf))
-    trained = solving.solve(leaf, trained, problem.dense["mix"]["kernel"], moments)
-    return trainable.read(leaf, trained).base, trained["adapters"][0]
+    training = training_of(apiq(**SMALL, scope="linear", aug=aug, dtype="float32"))
+    leaf, w = weight_of(problem.block), problem.dense["mix"]["kernel"]
+
+    def lacking(leaf):
+        dense = read_weight(training.parts, leaf).dense()
+        return moments.gram, find_cross(w, dense, moments, aug=aug)
+
+    begun = training.begin(leaf, jax.random.key(0))
+    for part in training.parts:
+        begun = part.solve(begun, leaf, lacking)
+    return begun.base, begun.corrections[0]
 
 
 def test_by_weights_one_stream_is_qera(problem):
@@ -250,7 +256,7 @@ def test_what_a_leaf_has_is_kept_or_trained(problem, scope):
     given = CompressedLinear(base, (LowRank(a, b),), ChannelScale(scale))
     step = apiq(**{**SMALL, "rank": None, "epochs": 1, "batch": 8}, scope=scope, updates=10)
     solution = step.run(put(problem, given))
-    leaf = weight_of(solution.block)
+    leaf = weight_of(solution.params)
     assert solution.best_update > 0
     np.testing.assert_array_equal(leaf.input_transform.scale, scale)
     np.testing.assert_array_equal(np.asarray(leaf.base.dense())[~np.asarray(keep)], 0.0)
@@ -262,19 +268,18 @@ def test_what_a_leaf_has_is_kept_or_trained(problem, scope):
 
 
 def test_blocks_of_one_shape_are_compiled_once(problem, solution, by_weight, monkeypatch):
-    traced = []
-    clipped = module.Clipped
-    monkeypatch.setattr(module, "Clipped", lambda *a: traced.append(1) or clipped(*a))
+    traced, read = [], clipping.read_clipped
+    monkeypatch.setattr(clipping, "read_clipped", lambda *a: traced.append(1) or read(*a))
     for step in (STEP, BY_WEIGHT):
-        step.run(make_block_problem(windows=34, key=jax.random.key(1)))
+        step.run(make_block_problem(windows=34, work=Work(jax.random.key(1))))
     assert not traced
 
 
 def test_another_key_is_another_start(problem, solution):
     again = STEP.run(problem)
-    for came, wanted in zip(*map(jax.tree.leaves, (again.block, solution.block)), strict=True):
+    for came, wanted in zip(*map(jax.tree.leaves, (again.params, solution.params)), strict=True):
         np.testing.assert_array_equal(came, wanted)
-    other = STEP.run(dataclasses.replace(problem, key=jax.random.key(7)))
+    other = STEP.run(dataclasses.replace(problem, work=Work(jax.random.key(7))))
     assert other.history[-1].val_loss != solution.history[-1].val_loss
 
 
@@ -282,9 +287,9 @@ def test_sizes_are_known_from_shapes():
     leaf = CompressedLinear(Dense(jax.ShapeDtypeStruct((64, 32), jnp.float32)))
     made = jax.eval_shape(STEP.preview, leaf)
     assert made.stored_bits() == 64 * 32 * (2 + (16 + 2) / 16) + 16 * RANK * (64 + 32)
-    assert STEP.trained(leaf) == 2 * 4 * 32 + RANK * (64 + 32)
+    assert STEP.count(leaf) == 2 * 4 * 32 + RANK * (64 + 32)
     symmetric = apiq(group_size=16, rank=0.25, symmetric=True)
-    assert symmetric.trained(leaf) == 4 * 32 + 8 * (64 + 32)
+    assert symmetric.count(leaf) == 4 * 32 + 8 * (64 + 32)
     with pytest.raises(InputError, match="apiq: rank=64 is larger than min"):
         jax.eval_shape(apiq(group_size=16).preview, leaf)
 
@@ -303,15 +308,14 @@ def test_the_authors_settings_are_a_preset():
 def test_rates_follow_the_width_and_clips_have_their_own():
     """One update of Adam moves everything by its rate; decay adds its share of what is there."""
     adapter = LowRank(jnp.full((32, RANK), 2.0), jnp.full((RANK, 8), 2.0))
-    trained = {"mix": {"clips": {"upper": jnp.full((1, 8), 2.0)}, "adapters": (adapter,)}}
-    chosen = {"alpha": float(RANK), "clip_lr": 0.05, "lr": None, "weight_decay": 0.1,
-              "decay": "constant"}  # fmt: skip
+    trained = CompressedLinear(Clipped(None, jnp.full((1, 8), 2.0), None, GRID), (adapter,))
     gradient = jax.tree.map(jnp.ones_like, trained)
     for lr, width, wanted in ((None, 128, 0.006), (None, 64, 0.012), (0.02, 64, 0.02)):
-        optimizer = module.make_optimizer(tuple({**chosen, "lr": lr}.items()), width, 10)
+        step = apiq(alpha=float(RANK), clip_lr=0.05, lr=lr, weight_decay=0.1, decay="constant")
+        optimizer = make_optimizer(training_of(step).parts, width, 10)
         moved, _ = optimizer.update(gradient, optimizer.init(trained), trained)
-        np.testing.assert_allclose(moved["mix"]["clips"]["upper"], -0.05 * 1.2, rtol=1e-4)
-        (adapter,) = moved["mix"]["adapters"]
+        np.testing.assert_allclose(moved.base.upper, -0.05 * 1.2, rtol=1e-4)
+        (adapter,) = moved.corrections
         for array in (adapter.a, adapter.b):
             np.testing.assert_allclose(array, -wanted * 1.2, rtol=1e-4)
 

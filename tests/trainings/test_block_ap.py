@@ -1,5 +1,7 @@
 """Block-AP: it begins at rounding, moves weights, scales and zeros, and stores what it trained."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import parse_recipe
-from lqec_jax.trainings.block_ap import block_ap, make_trainable
+from lqec_jax.train.parts import Grid
+from lqec_jax.trainings.block_ap import block_ap
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.packing import unpack
 from tests.train.tiny import make_block_problem
@@ -42,12 +45,12 @@ def assert_equal_leaves(came, wanted):
 def test_untrained_it_is_rounding(problem, symmetric):
     leaf = leaf_of(problem.block)
     (rtn,) = parse_recipe(f"rtn(bits=2, group_size=16, symmetric={symmetric})").steps
-    rounded = rtn.run(LinearProblem(leaf.base.w, LinearStats(), problem.key), leaf)
+    rounded = rtn.run(LinearProblem(leaf.base.w, LinearStats(), problem.work.key), leaf)
     step = block_ap(**OPTIONS, symmetric=symmetric)
     assert_equal_leaves(step.preview(leaf), rounded)
     assert jax.eval_shape(step.preview, leaf).stored_bits() == rounded.stored_bits()
     # Weights, a scale a group, and a zero.
-    assert step.trained(leaf) == 32 * 32 + 2 * 32 * (1 if symmetric else 2)
+    assert step.count(leaf) == 32 * 32 + 2 * 32 * (1 if symmetric else 2)
 
 
 def test_training_lowers_the_loss_far_below_rounding(solution):
@@ -56,7 +59,7 @@ def test_training_lowers_the_loss_far_below_rounding(solution):
 
 
 def test_codes_scales_and_zeros_all_move(problem, solution):
-    first, last = STEP.preview(leaf_of(problem.block)).base, leaf_of(solution.block).base
+    first, last = STEP.preview(leaf_of(problem.block)).base, leaf_of(solution.params).base
     codes = [unpack(base.codes, 2, 32) for base in (first, last)]
     assert 0.02 < float(jnp.mean(codes[0] != codes[1])) < 0.9
     assert float(jnp.mean(first.scales != last.scales)) > 0.9
@@ -67,7 +70,7 @@ def test_codes_scales_and_zeros_all_move(problem, solution):
 
 def test_what_is_stored_is_what_was_scored(problem, solution):
     block = jax.jit(problem.fns.block)
-    stored = {"mix": {"kernel": leaf_of(solution.block).dense()}}
+    stored = {"mix": {"kernel": leaf_of(solution.params).dense()}}
     own = np.asarray(block(problem.dense, problem.teacher)[0])
     came = np.asarray(block(stored, problem.student)[0])
     error = np.mean((own - came)[problem.train :] ** 2)
@@ -80,12 +83,19 @@ def test_gradients_reach_weights_scales_and_zeros():
     """∂ŵ/∂(scale), in units of the first, is s0 (code - z - w/s) inside and s0 (u - z) outside."""
     w = np.random.RandomState(0).standard_normal((16, 4)).astype(np.float32)
     leaf = CompressedLinear(Dense(jnp.asarray(w)))
-    trainable = make_trainable(GroupGrid(2, 16))
-    start = trainable.start(leaf)
-    trained = {**start, "scales": 0.6 * start["scales"]}  # a smaller grid clips
-    found = jax.grad(lambda t: jnp.sum(trainable.read(leaf, t)))(trained)
-    first = np.asarray(trainable.store(leaf, start).base.scales, np.float32)
-    s, z = (0.6 * first).astype(np.float16).astype(np.float32), np.asarray(start["zeros"])[:, 0]
+    part = Grid(grid=GroupGrid(2, 16))
+    start = part.begin(leaf, jax.random.key(0))
+    trained = {"moved": start.base.moved, "scales": 0.6 * start.base.scales,  # a smaller grid clips
+               "zeros": start.base.zeros}  # fmt: skip
+
+    def read(trained):
+        return part.read(
+            dataclasses.replace(start, base=dataclasses.replace(start.base, **trained))
+        )
+
+    found = jax.grad(lambda t: jnp.sum(read(t)))(trained)
+    first = np.asarray(part.keep(start, leaf).base.scales, np.float32)
+    s, z = (0.6 * first).astype(np.float16).astype(np.float32), np.asarray(start.base.zeros)[:, 0]
     wanted = np.round(w / s) + z
     codes = np.clip(wanted, 0, 3)
     inside = wanted == codes
@@ -99,13 +109,23 @@ def test_gradients_reach_weights_scales_and_zeros():
 def test_a_scale_of_the_model_changes_nothing(problem, solution):
     """Rates are in steps of a grid: a power of two on the weights goes through, to the bit."""
     base = leaf_of(problem.block).base
-    trainable = make_trainable(GroupGrid(2, 16))
-    small, large = (CompressedLinear(Dense(c * base.w)) for c in (1.0, 32.0))
-    trained = jax.tree.map(lambda a: a + 0.1, trainable.start(small))
-    assert_equal_leaves(trainable.start(small), trainable.start(large))
-    np.testing.assert_array_equal(
-        32.0 * trainable.read(small, trained), trainable.read(large, trained)
-    )
+    part = Grid(grid=GroupGrid(2, 16))
+
+    def begin(times: float):
+        return part.begin(CompressedLinear(Dense(times * base.w)), jax.random.key(0))
+
+    def moving(leaf):
+        return [a for path, a in jax.tree_util.tree_leaves_with_path(leaf) if part.label(path, a)]
+
+    def nudged(leaf):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, a: a + 0.1 if part.label(path, a) else a, leaf
+        )
+
+    small, large = begin(1.0), begin(32.0)
+    assert len(moving(small)) == 3
+    assert_equal_leaves(moving(small), moving(large))
+    np.testing.assert_array_equal(32.0 * part.read(nudged(small)), part.read(nudged(large)))
 
 
 @pytest.mark.parametrize("arguments", ["epochs=0", "batch=0", "weight_lr=-1.0", "scale_lr='a'"])

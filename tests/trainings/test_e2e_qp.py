@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_jax.core.types import ModelProblem
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import parse_recipe
-from lqec_jax.trainings.e2e_qp import e2e_qp, is_scale, make_optimizer
+from lqec_jax.train.rates import make_optimizer
+from lqec_jax.trainings.e2e_qp import e2e_qp
 from lqec_kernels.formats import Affine, CompressedLinear, Dense
-from tests.train.tiny import make_plain_problem
+from tests.train.tiny import make_plain_problem, training_of
 
 TRAIN = 6
 
@@ -19,8 +19,7 @@ TRAIN = 6
 def problem():
     plain = make_plain_problem(windows=8, d=32)
     params = jax.tree.map(jnp.asarray, plain.params)
-    return ModelProblem(plain.fns, params, plain.teacher, plain.tokens[:TRAIN],
-                        plain.tokens[TRAIN:], jax.random.key(0))  # fmt: skip
+    return plain.pose(val=8 - TRAIN, params=params, teacher=None)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def test_nothing_but_scales_moves(problem, solution):
     moved = 0
     for (path, was), (_, now) in zip(before, after, strict=True):
         assert was.dtype == now.dtype
-        if is_scale(path, was):
+        if training_of(e2e_qp()).moves(path, was):
             moved += 1
             assert float(jnp.mean(was != now)) > 0.9
             ratio = np.asarray(now, np.float32) / np.asarray(was, np.float32)
@@ -51,7 +50,7 @@ def test_nothing_but_scales_moves(problem, solution):
 
 
 def test_the_rate_is_a_fraction_of_the_scale():
-    optimizer = make_optimizer({"lr": 0.01, "updates": 10})
+    optimizer = make_optimizer(training_of(e2e_qp(lr=0.01)).parts, 64, 10)
     scales = {"s": jnp.array([1e-3, 1.0, 100.0])}
     state = optimizer.init(scales)
     step, _ = optimizer.update({"s": jnp.array([5.0, -1e-3, 1.0])}, state, scales)
@@ -61,7 +60,11 @@ def test_the_rate_is_a_fraction_of_the_scale():
 def test_training_that_does_not_help_changes_no_bit(problem):
     wild = e2e_qp(updates=2, batch=2, eval_every=1, lr=100.0).run(problem)
     assert wild.best_update == 0
-    assert wild.params is problem.params
+    for (path, was), (_, now) in zip(
+        *(jax.tree_util.tree_leaves_with_path(p) for p in (problem.params, wild.params)),
+        strict=True,
+    ):
+        assert now is was, path
 
 
 def test_a_base_without_scales_is_refused():
@@ -69,8 +72,10 @@ def test_a_base_without_scales_is_refused():
         e2e_qp().preview(CompressedLinear(Dense(jnp.ones((4, 4)))))
     base = Affine.from_codes(jnp.zeros((32, 4), jnp.uint8), jnp.ones((1, 4)), None, bits=2,
                              group_size=32)  # fmt: skip
-    assert e2e_qp().preview(CompressedLinear(base)).base is base
-    assert e2e_qp().trained(CompressedLinear(base)) == 4
+    seen = e2e_qp().preview(CompressedLinear(base)).base
+    assert jax.tree.structure(seen) == jax.tree.structure(base)
+    assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (seen, base))))
+    assert e2e_qp().count(CompressedLinear(base)) == 4
 
 
 @pytest.mark.parametrize("arguments", ["updates=0", "lr=-1.0", "batch=4, accumulate=3"])

@@ -31,12 +31,12 @@ def test_how_many_numbers_are_trained_is_known_before():
     step = finetune()
     for tail in ("", " | quantize_adapter()"):
         leaf = preview_leaf(parse_recipe(START + tail), 64, 32)
-        assert step.trained(leaf) == 2 * (64 + 32)
-        assert jax.tree.structure(step.preview(leaf)) == jax.tree.structure(leaf)
+        assert step.count(leaf) == 2 * (64 + 32)
+        assert jax.tree.structure(jax.eval_shape(step.preview, leaf)) == jax.tree.structure(leaf)
     scales = finetune(train="scales")
-    assert scales.trained(preview_leaf(parse_recipe(START), 64, 32)) == 4 * 32
+    assert scales.count(preview_leaf(parse_recipe(START), 64, 32)) == 4 * 32
     bare = preview_leaf(parse_recipe("rtn(bits=2, group_size=16)"), 64, 32)
-    assert finetune(rank=0.25).trained(bare) == 8 * (64 + 32)
+    assert finetune(rank=0.25).count(bare) == 8 * (64 + 32)
 
 
 def test_a_recipe_without_adapters_is_refused_before_any_work():

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lqec_jax.train.adapters import make_optimizer
 
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.linear import linear
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.linears import preview
 from lqec_jax.train.fit import NoSession
+from lqec_jax.train.rates import make_optimizer
 from lqec_jax.train.update import init_state, make_update
 from lqec_jax.trainings import lrec as module
-from lqec_jax.trainings.lrec import NEW_RANK, TOKEN_SHARE, lrec, make_objective
+from lqec_jax.trainings.lrec import NEW_RANK, TOKEN_SHARE, lrec
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from tests.compensation.toy import (
     FF,
@@ -36,6 +36,7 @@ from tests.compensation.toy import (
     kernels,
     numpy_log_probs,
 )
+from tests.train.tiny import training_of
 
 TRAIN, RANK = 16, 4
 TRAINING = {"rank": RANK, "updates": 60, "batch": 8, "eval_every": 20, "lr": 1e-2}
@@ -58,9 +59,13 @@ def with_svd(w) -> CompressedLinear:
 @pytest.fixture(scope="module")
 def problem() -> ModelProblem:
     states = np.asarray(jax.jit(FNS.hidden)(TEACHER, TOKENS)[0])
-    return ModelProblem(
-        FNS, compress(bare), states, TOKENS[:TRAIN], TOKENS[TRAIN:], jax.random.key(7)
-    )
+    work = Work(jax.random.key(7))
+    return ModelProblem(FNS, compress(bare), Windows(TOKENS, TRAIN), work, states)
+
+
+def at_work(problem, **where) -> ModelProblem:
+    """Returns the problem with a session or a place on disk."""
+    return dataclasses.replace(problem, work=dataclasses.replace(problem.work, **where))
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +76,16 @@ def trained(problem):
 def find_terms(problem, params) -> tuple[float, float]:
     """Returns KL a token and the next-token loss over the validation windows, in float64."""
     p = numpy_log_probs(problem.teacher[TRAIN:])
-    q = numpy_log_probs(jax.jit(FNS.hidden)(params, problem.val)[0])
-    nll = -np.take_along_axis(q[:, :-1], problem.val[:, 1:, None], axis=-1)
+    q = numpy_log_probs(jax.jit(FNS.hidden)(params, TOKENS[TRAIN:])[0])
+    nll = -np.take_along_axis(q[:, :-1], TOKENS[TRAIN:, 1:, None], axis=-1)
     return np.sum(np.exp(p) * (p - q), axis=-1).mean(), nll.mean()
 
 
 def find_loss(problem, **arguments) -> float:
     """Returns the loss of the bare model over the validation windows."""
-    objective = make_objective(problem, lrec(**arguments).arguments)
-    batch = objective.batch(np.arange(TRAIN, WINDOWS))
-    return float(jax.jit(objective.loss)(problem.params, batch)[0])
+    loss = training_of(lrec(**arguments)).loss
+    batch = loss.prepare("lrec", problem)(np.arange(TRAIN, WINDOWS))
+    return float(jax.jit(loss, static_argnums=0)(FNS, problem.params, batch)[0])
 
 
 def test_the_loss_is_its_formula(problem):
@@ -98,18 +103,18 @@ def test_a_teacher_is_read_by_its_own_head(problem):
     outer = {"embed": TEACHER["embed"]}
     params = {**problem.params, "embed": 2 * TEACHER["embed"]}
     changed = dataclasses.replace(problem, params=params, outer=outer)
-    objective = make_objective(changed, lrec(logits="streamed").arguments)
-    found = objective.batch(np.arange(TRAIN))["teacher"].log_probs
+    read = training_of(lrec(logits="streamed")).loss.prepare("lrec", changed)
+    found = read(np.arange(TRAIN))["predictions"].log_probs
     np.testing.assert_allclose(found, numpy_log_probs(problem.teacher[:TRAIN]), 2e-3, 1e-6)
     with pytest.raises(InputError, match="lrec: logits='recomputed' reads both models by one head"):
-        make_objective(changed, lrec().arguments)
+        lrec().run(changed)
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_the_teacher_may_come_from_disk(problem, tmp_path, place):
     scratch = tmp_path / "scratch.bin"
     if place == "disk":
-        problem = dataclasses.replace(problem, scratch=scratch)
+        problem = at_work(problem, scratch=scratch)
     whole = find_loss(problem, token_weight=0.0)
     losses = []
     for form in FORMS:
@@ -143,7 +148,7 @@ def test_training_brings_the_predictions_nearer(problem, trained):
 def test_the_next_token_loss_alone_is_learned_without_a_teacher(problem):
     # Validation on the training text: what is random cannot be predicted, only remembered.
     known = dataclasses.replace(
-        problem, train=TOKENS[:8], val=TOKENS[:8],
+        problem, windows=Windows(np.concatenate([TOKENS[:8]] * 2), 8),
         teacher=np.concatenate([problem.teacher[:8]] * 2),
     )  # fmt: skip
     solution = lrec(**TRAINING, kl_weight=0.0, token_weight=1.0).run(known)
@@ -188,9 +193,8 @@ def test_coupled_decay_is_that_of_the_published_factors(rank):
     def lower(answer):
         return jnp.mean(jnp.square(answer - y))
 
-    settings = lrec(rank=rank, alpha=alpha, lr=lr, weight_decay=decay, coupled=True,
-                    decay="constant").arguments  # fmt: skip
-    optimizer = make_optimizer(settings, width=64)
+    step = lrec(rank=rank, alpha=alpha, lr=lr, weight_decay=decay, coupled=True, decay="constant")
+    optimizer = make_optimizer(training_of(step).parts, 64, updates)
     params = {"w": CompressedLinear(Dense(w), (LowRank(a, alpha / rank * b),))}
     update = make_update(lambda p, x: (lower(linear(x, p["w"])), {}), optimizer)
     state = init_state(params, optimizer)
@@ -233,16 +237,16 @@ class Kept(NoSession):
 
 def test_a_run_that_was_interrupted_ends_in_the_same_bytes(problem, tmp_path):
     step = lrec(**{**TRAINING, "updates": 8, "eval_every": 2}, logits="top_k", top_k=8)
-    problem = dataclasses.replace(problem, scratch=tmp_path / "scratch.bin")
+    problem = at_work(problem, scratch=tmp_path / "scratch.bin")
     wanted = step.run(problem)
     assert wanted.best_update == 8
     session = Kept(fails_at=6)
     with pytest.raises(KeyboardInterrupt):
-        step.run(dataclasses.replace(problem, session=session))
+        step.run(at_work(problem, session=session))
     assert session.saved[1]["history"][-1][0] == 4
     (tmp_path / "scratch.bin").write_bytes(b"not whole")  # it is written again
     session.fails_at = None
-    resumed = step.run(dataclasses.replace(problem, session=session))
+    resumed = step.run(at_work(problem, session=session))
     assert resumed.history == wanted.history
     for new, old in zip(*map(jax.tree.leaves, (resumed.params, wanted.params)), strict=True):
         assert np.asarray(new).tobytes() == np.asarray(old).tobytes()

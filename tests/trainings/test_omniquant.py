@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_jax.core.group_grid import GroupGrid
-from lqec_jax.core.types import LinearProblem, LinearStats
+from lqec_jax.core.types import LinearProblem, LinearStats, Work
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import parse_recipe
-from lqec_jax.trainings import omniquant as module
-from lqec_jax.trainings.omniquant import make_trainable, omniquant
+from lqec_jax.train.parts import clips as module
+from lqec_jax.trainings.omniquant import omniquant
 from lqec_kernels.formats import ChannelScale, CompressedLinear, Dense
-from tests.train.tiny import make_block_problem
+from tests.train.tiny import make_block_problem, training_of
 
-GRID = GroupGrid(bits=2, group_size=16)
 STEP = omniquant(bits=2, group_size=16, epochs=3, batch=2, lr=0.1)
 
 
@@ -39,11 +37,14 @@ def test_without_clipping_it_is_rounding_to_the_range(symmetric):
     rounded = rtn.run(
         LinearProblem(w, LinearStats(), jax.random.key(0)), CompressedLinear(Dense(w))
     )
-    trainable = make_trainable(GroupGrid(2, 16, symmetric))
+    (part,) = training_of(omniquant(bits=2, group_size=16, symmetric=symmetric)).parts
     leaf = CompressedLinear(Dense(w))
-    whole = jax.tree.map(lambda a: jnp.full_like(a, 100.0), trainable.start(leaf))  # σ is 1
+    whole = jax.tree_util.tree_map_with_path(  # σ is 1
+        lambda path, a: jnp.full_like(a, 100.0) if part.label(path, a) else a,
+        part.begin(leaf, jax.random.key(0)),
+    )
     for came, wanted in zip(
-        jax.tree.leaves(trainable.store(leaf, whole)), jax.tree.leaves(rounded), strict=True
+        jax.tree.leaves(part.keep(whole, leaf)), jax.tree.leaves(rounded), strict=True
     ):
         np.testing.assert_array_equal(came, wanted)
 
@@ -52,13 +53,13 @@ def test_training_lowers_the_loss_of_a_block(problem, solution):
     losses = {point.update: point.val_loss for point in solution.history}
     assert solution.best_update > 0
     assert losses[solution.best_update] == min(losses.values()) < 0.9 * losses[0]
-    assert weight_of(solution.block).bits_per_weight == 2 + (16 + 2) / 16
+    assert weight_of(solution.params).bits_per_weight == 2 + (16 + 2) / 16
 
 
 def test_what_is_stored_is_what_was_scored(problem, solution):
     """The reported loss is that of the stored block, the divisor and both terms included."""
     block = jax.jit(problem.fns.block)
-    stored = {"mix": {"kernel": weight_of(solution.block).dense()}}
+    stored = {"mix": {"kernel": weight_of(solution.params).dense()}}
     h, student = problem.teacher, problem.student
     own, other, came = (
         np.asarray(block(params, x)[0])
@@ -78,10 +79,9 @@ def test_it_is_never_worse_than_its_start(problem):
     assert solution.notes == ("no update lowered the validation loss; the parameters are those it "
                               "began with",)  # fmt: skip
     leaf = weight_of(problem.block)
-    trainable = make_trainable(GRID)
-    start = trainable.store(leaf, trainable.start(leaf))
+    start = STEP.preview(leaf)
     for came, wanted in zip(
-        jax.tree.leaves(weight_of(solution.block)), jax.tree.leaves(start), strict=True
+        jax.tree.leaves(weight_of(solution.params)), jax.tree.leaves(start), strict=True
     ):
         np.testing.assert_array_equal(came, wanted)
 
@@ -90,7 +90,7 @@ def test_blocks_of_one_shape_are_compiled_once(problem, solution, monkeypatch):
     traced = []
     read = module.read_clipped
     monkeypatch.setattr(module, "read_clipped", lambda *a: traced.append(1) or read(*a))
-    STEP.run(make_block_problem(windows=34, key=jax.random.key(1)))
+    STEP.run(make_block_problem(windows=34, work=Work(jax.random.key(1))))
     assert not traced
 
 
@@ -100,7 +100,7 @@ def test_a_transform_and_a_correction_stay(problem):
     inner = CompressedLinear(Dense(w / scale[:, None]), input_transform=ChannelScale(scale))
     step = omniquant(bits=8, group_size=16, epochs=1, batch=4, aug=False, lr=0.01)
     solution = step.run(make_block_problem(windows=34, block={"mix": {"kernel": inner}}))
-    leaf = weight_of(solution.block)
+    leaf = weight_of(solution.params)
     np.testing.assert_array_equal(leaf.input_transform.scale, scale)
     np.testing.assert_allclose(leaf.dense(), w, atol=0.02)
     assert solution.history[0].val_loss < 0.2  # 8 bits, and no transform forgotten
@@ -110,7 +110,7 @@ def test_a_group_that_does_not_divide_is_refused_on_shapes():
     w = jax.ShapeDtypeStruct((64, 32), jnp.float32)
     leaf = jax.eval_shape(STEP.preview, CompressedLinear(Dense(w)))
     assert leaf.stored_bits() == 64 * 32 * (2 + (16 + 2) / 16)
-    assert STEP.trained(CompressedLinear(Dense(w))) == 2 * 4 * 32
+    assert STEP.count(CompressedLinear(Dense(w))) == 2 * 4 * 32
     with pytest.raises(InputError, match="omniquant: d_in=64 is not divisible by group_size=48"):
         jax.eval_shape(omniquant(group_size=48).preview, CompressedLinear(Dense(w)))
 

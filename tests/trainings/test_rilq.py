@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lqec_jax.train.adapters import DEFAULT_RANK
 
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.tree import get_at
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize
+from lqec_jax.train.parts.adapters import DEFAULT_RANK
 from lqec_jax.trainings import rilq as module
-from lqec_jax.trainings.rilq import make_objective, rilq
+from lqec_jax.trainings.rilq import rilq
 from lqec_kernels.formats import Affine, CompressedLinear, LowRank
 from tests.compensation.toy import (
     FNS,
@@ -25,8 +25,10 @@ from tests.compensation.toy import (
     D,
     compress,
 )
+from tests.train.tiny import training_of
 
 TRAIN, VAL = 16, 8
+WINDOWS, HELD = Windows(TOKENS, TRAIN), TOKENS[TRAIN:]
 RANK = 4
 
 
@@ -51,9 +53,7 @@ def teacher_states() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def problem(student, teacher_states) -> ModelProblem:
-    return ModelProblem(
-        FNS, student, teacher_states, TOKENS[:TRAIN], TOKENS[TRAIN:], jax.random.key(7)
-    )
+    return ModelProblem(FNS, student, WINDOWS, Work(jax.random.key(7)), teacher_states)
 
 
 TRAINING = {"updates": 60, "batch": 8, "eval_every": 20, "lr": 1e-2, "token_weight": 0.0}
@@ -73,7 +73,7 @@ def kernels(params) -> list[CompressedLinear]:
 def loss_of(problem, params, **arguments) -> float:
     """Returns the loss over the validation windows, said once more from its formula."""
     settings = rilq(**arguments).arguments
-    pre, post = jax.jit(FNS.hidden)(params, problem.val)
+    pre, post = jax.jit(FNS.hidden)(params, HELD)
     teacher = problem.teacher[TRAIN:]
     if settings["target"] == "post_norm":
         came, wanted = post, FNS.norm(None, teacher)
@@ -83,7 +83,7 @@ def loss_of(problem, params, **arguments) -> float:
         came, wanted = (h @ TEACHER["embed"].T for h in (post, FNS.norm(None, teacher)))
     logits = np.asarray(post @ TEACHER["embed"].T, np.float64)[:, :-1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    nll = -np.take_along_axis(log_p, problem.val[:, 1:, None], axis=-1).mean()
+    nll = -np.take_along_axis(log_p, HELD[:, 1:, None], axis=-1).mean()
     discrepancy = np.mean(np.square(np.asarray(came, np.float64) - np.asarray(wanted, np.float64)))
     return settings["model_weight"] * discrepancy + settings["token_weight"] * nll
 
@@ -91,11 +91,10 @@ def loss_of(problem, params, **arguments) -> float:
 @pytest.mark.parametrize("target", ["post_norm", "pre_norm", "logits"])
 def test_the_loss_is_its_formula(problem, target):
     arguments = {"target": target, "model_weight": 0.7, "token_weight": 0.2}
-    objective = make_objective(problem, rilq(**arguments).arguments)
-    assert (objective.train, objective.val, objective.select) == (TRAIN, VAL, "adapters")
-    batch = objective.batch(np.arange(TRAIN, TRAIN + VAL))
-    np.testing.assert_array_equal(batch["tokens"], problem.val)
-    loss, terms = jax.jit(objective.loss)(problem.params, batch)
+    loss = training_of(rilq(**arguments)).loss
+    batch = loss.prepare("rilq", problem)(np.arange(TRAIN, TRAIN + VAL))
+    np.testing.assert_array_equal(batch["tokens"], HELD)
+    loss, terms = jax.jit(loss, static_argnums=0)(FNS, problem.params, batch)
     wanted = loss_of(problem, problem.params, **arguments)
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
     by_terms = 0.7 * terms["discrepancy"] + 0.2 * terms["next_token"]
@@ -106,18 +105,18 @@ def test_a_teacher_is_read_by_its_own_norm(problem):
     fns = dataclasses.replace(FNS, norm=lambda params, h: params["gain"] * FNS.norm(None, h))
     student = {**problem.params, "gain": jnp.float32(2)}
     outer = {"embed": TEACHER["embed"], "gain": jnp.float32(1)}
-    batch = {"tokens": problem.val, "teacher": problem.teacher[TRAIN:]}
 
     def find_loss(**changes) -> float:
-        changed = dataclasses.replace(problem, **changes)
-        return float(make_objective(changed, rilq().arguments).loss(changed.params, batch)[0])
+        changed, loss = dataclasses.replace(problem, **changes), training_of(rilq()).loss
+        batch = loss.prepare("rilq", changed)(np.arange(TRAIN, TRAIN + VAL))
+        return float(loss(changed.fns, changed.params, batch)[0])
 
     own = find_loss(fns=fns, params=student, outer=outer)
     assert own == pytest.approx(find_loss(), rel=1e-6)
     assert abs(find_loss(fns=fns, params=student) / own - 1) > 0.05
     with pytest.raises(InputError, match="rilq: target='logits' reads both models by one head"):
         changed = dataclasses.replace(problem, outer=outer)
-        make_objective(changed, rilq(target="logits").arguments)
+        rilq(target="logits").run(changed)
 
 
 def test_training_begins_at_the_bare_model(problem, trained):
@@ -179,9 +178,9 @@ def test_same_key_same_bytes(problem, trained):
 
 def test_training_that_only_harms_returns_the_bare_model(problem, student):
     # Validation windows on which the bare model is its own teacher: nothing can be nearer.
-    own_answer = np.asarray(jax.jit(FNS.hidden)(student, problem.val)[0])
+    own_answer = np.asarray(jax.jit(FNS.hidden)(student, HELD)[0])
     teacher = np.concatenate([problem.teacher[:TRAIN], own_answer])
-    other = dataclasses.replace(problem, teacher=teacher, key=jax.random.key(8))
+    other = dataclasses.replace(problem, teacher=teacher, work=Work(jax.random.key(8)))
     solution = rilq(rank=RANK, **TRAINING).run(other)
     assert solution.best_update == 0 and "no update lowered" in solution.notes[0]
     assert solution.history[0].val_loss < 1e-12 < 1e-3 < solution.history[-1].val_loss
@@ -204,7 +203,7 @@ def test_training_that_only_harms_keeps_given_adapters_to_the_bit(problem):
     given = compress(with_lopsided)
     assert all(np.abs(leaf.corrections[0].a.astype(jnp.float16) - leaf.corrections[0].a).max() > 0
                for leaf in kernels(given))  # fmt: skip
-    own_answer = np.asarray(jax.jit(FNS.hidden)(given, problem.val)[0])
+    own_answer = np.asarray(jax.jit(FNS.hidden)(given, HELD)[0])
     teacher = np.concatenate([problem.teacher[:TRAIN], own_answer])
     other = dataclasses.replace(problem, params=given, teacher=teacher)
     solution = rilq(**TRAINING).run(other)
