@@ -18,6 +18,7 @@ _NAMES = {
     "InputError": "lqec_jax.errors:InputError",
     "linear": "lqec_jax.core.linear:linear",
     "load": "lqec_jax.api:load",
+    "load_flax": "lqec_jax.io.exports.flax:load",
     "logits": "lqec_jax.api:logits",
     "losses": "lqec_jax.train.losses",
     "Model": "lqec_jax.models.model:Model",

@@ -1,7 +1,7 @@
 """The verbs as functions: load, compress, score, save; `quantize` for a single matrix."""
 
 import dataclasses
-import tempfile
+import errno
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lqec_kernels
 from lqec_jax.calibration.collect import collect
-from lqec_jax.calibration.data import check_tokens
+from lqec_jax.core.arguments import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import is_compressed, stack_blocks
+from lqec_jax.core.tree import equal_trees, is_compressed, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
-from lqec_jax.evaluate.card import describe_base
+from lqec_jax.evaluate.card import describe_base, render_pages
 from lqec_jax.evaluate.report import build_report
-from lqec_jax.io.artifact.artifact import is_artifact, load_artifact, save_artifact, write_artifact
-from lqec_jax.io.exports.export import Exported, export_model, read_record
-from lqec_jax.io.sources.flax import is_flax_checkpoint, load_flax_checkpoint
+from lqec_jax.io.artifact.artifact import load_artifact, save_artifact, write_artifact
+from lqec_jax.io.exports.export import Exported, export_model
+from lqec_jax.io.exports.record import read_record
+from lqec_jax.io.sources.flax import load_flax_checkpoint
+from lqec_jax.io.sources.source import open_folder, read_source
+from lqec_jax.io.sources.tokenizer import find_tokenizer
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.runs.driver import Driver
 from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
 from lqec_jax.runs.folder import Run, check_run
-from lqec_jax.runs.job import find_tokenizer, make_windows, open_source, prepare, resolve_dtype
+from lqec_jax.runs.job import prepare, resolve_dtype
 from lqec_jax.runs.linears import apply_steps
-from lqec_kernels import DenseCopy, ready
-from lqec_kernels.capability import PREPARED
+from lqec_jax.runs.text import make_windows
 from lqec_kernels.formats import CompressedLinear, Dense
+from lqec_kernels.repacking import REPACKED, DenseCopy
 
 
 def load(path: str | Path, dtype: str = "auto") -> Model:
@@ -46,20 +50,21 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
     Raises:
       InputError: what is there is missing, damaged, or not a model this library knows.
     """
-    if is_artifact(path):
-        return load_artifact(path, resolve_dtype(dtype))
-    if is_flax_checkpoint(path):
-        return load_flax_checkpoint(path, resolve_dtype(dtype))
-    source, checkpoint = open_source(path)
+    found, compute = open_folder(path), resolve_dtype(dtype)
+    if found.kind == "artifact":
+        return load_artifact(found.folder, compute)
+    if found.kind == "flax":
+        return load_flax_checkpoint(found.folder, compute)
+    source = read_source(found)
     blocks = stack_blocks([source.block(layer) for layer in range(source.config.layers)])
     return Model(
         config=source.config,
         params=jax.tree.map(jnp.asarray, {**source.outer, "blocks": blocks}),
-        raw_config=checkpoint.config,
-        tokenizer=find_tokenizer(checkpoint.folder),
+        raw_config=source.raw_config,
+        tokenizer=source.tokenizer,
         fingerprint=source.fingerprint,
-        folder=checkpoint.folder,
-        dtype=resolve_dtype(dtype),
+        folder=source.folder,
+        dtype=compute,
     )
 
 
@@ -67,13 +72,13 @@ def repack(model: Model) -> Model:
     """Puts weights, once, in the form in which this machine multiplies by them fastest.
 
     The layout that kernels read on a GPU or TPU; on a CPU dense copies of small weights, larger
-    ones stay packed. See `lqec_kernels.ready`; what it chose is logged. The result is for products,
-    not for disk: save the model that it was made of.
+    ones stay packed. See `lqec_kernels.repack`; what it chose is logged. The result is for
+    products, not for disk: save the model that it was made of.
 
     Example:
       >>> model = repack(load("small"))
     """
-    return dataclasses.replace(model, params=ready(model.params, dtype=model.dtype))
+    return dataclasses.replace(model, params=lqec_kernels.repack(model.params, dtype=model.dtype))
 
 
 def logits(model: Model, tokens: Any) -> jax.Array:
@@ -211,15 +216,19 @@ def compress(
                   seed=seed, eval=eval, dtype=dtype)  # fmt: skip
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    reporter.say(job.text_in_words)
+    if run.artifact is not None:
+        return _name(run, load_artifact(run.artifact, job.dtype))
     try:
-        reporter.say(job.text_in_words)
         driver = Driver(job.source, job.recipe, job.text, run, seed, job.dtype, mesh, reporter)
         params = driver.compress()
         report = build_report(run.state, recipe=str(job.recipe), seed=seed,
                               dtype=np.dtype(job.dtype).name,
-                              base=describe_base(job.folder))  # fmt: skip
-        small = Model(job.source.config, params, job.raw_config, job.tokenizer, str(job.recipe),
-                      report, job.source.fingerprint, job.folder, job.dtype)  # fmt: skip
+                              base=describe_base(job.source.folder))  # fmt: skip
+        report |= {"notes": list(job.text.notes)} if job.text.notes else {}
+        source = job.source
+        small = Model(source.config, params, source.raw_config, source.tokenizer, str(job.recipe),
+                      report, source.fingerprint, source.folder, job.dtype)  # fmt: skip
         if out is not None:
             small = _finish(run, small)
     finally:
@@ -273,6 +282,8 @@ def finetune(
     job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    if run.artifact is not None:
+        return _name(run, load_artifact(run.artifact, job.model.dtype))
     try:
         tuned = run_tuning(job, run, mesh, reporter)
         if out is not None:
@@ -286,7 +297,7 @@ def finetune(
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
     _check_stored("save", model)
-    return save_artifact(model, out, overwrite=overwrite)
+    return save_artifact(model, out, render_pages(model.report), overwrite=overwrite)
 
 
 def export(
@@ -297,8 +308,9 @@ def export(
     Args:
       format: 'hf' (dense, corrections folded in), 'peft' (the adapters), 'gptq',
         'compressed-tensors', 'flax'.
-      options: `dtype`, `base_only`, and for some formats `gptq_version`, `base`, `dense`; see
-        `io.exports.export.ExportOptions`.
+      options: `dtype` of floating tensors, 'auto' as stored; `base_only` leaves out adapters. For
+        'peft' `base`, the exported folder it belongs to; for 'gptq' `gptq_version`, 1 or 2; for
+        'flax' `dense`, which unpacks the weights, see `load_flax`.
     Returns:
       .folder .format .stored_bytes .notes
     Raises:
@@ -333,7 +345,7 @@ def verify(out: str | Path, against: Model | str | Path | None = None) -> Verifi
 def _check_stored(verb: str, model: Model) -> None:
     leaves = jax.tree.leaves(model.params, is_leaf=is_compressed)
     if any(
-        is_compressed(leaf) and isinstance(leaf.base, (*PREPARED, DenseCopy)) for leaf in leaves
+        is_compressed(leaf) and isinstance(leaf.base, (*REPACKED, DenseCopy)) for leaf in leaves
     ):
         raise InputError(
             f"{verb}: the weights are repacked for products, which no file holds; give the model "
@@ -342,12 +354,20 @@ def _check_stored(verb: str, model: Model) -> None:
 
 
 def _finish(run: Run, model: Model) -> Model:
-    """Writes the artifact beside the run, gives it its name, and reads it back."""
-    artifact = Path(tempfile.mkdtemp(prefix="artifact-", dir=run.folder))
-    artifact.chmod(0o755)
-    write_artifact(model, artifact)
-    run.finish(artifact)
-    return load_artifact(run.out, model.dtype)
+    """Writes the artifact beside the run, checks that it holds the model, and gives it its name."""
+    folder = run.begin_artifact()
+    write_artifact(model, folder, render_pages(model.report))
+    stored = load_artifact(folder, model.dtype)
+    if not equal_trees(stored.params, model.params):
+        raise OSError(errno.EIO, "what was read back is not what was written", str(folder))
+    run.commit(artifact=True)
+    return _name(run, stored)
+
+
+def _name(run: Run, stored: Model) -> Model:
+    """Gives a whole artifact its name."""
+    run.finish(run.artifact)
+    return dataclasses.replace(stored, folder=run.out, tokenizer=find_tokenizer(run.out))
 
 
 def _check_inputs(x: Any, w: jax.Array) -> jax.Array:

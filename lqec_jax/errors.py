@@ -2,11 +2,18 @@
 
 `InputError` is a `ValueError`, so a script may catch either; the command line prints it after
 `error: ` and exits with 2. `CheckFailed` exits with 3. Everything else is our fault and exits with
-1.
+1. Whatever came, a message repeats about 200 characters of it and has fewer than 500.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 480  # characters of a message
+LONGEST_WORD = 200  # of a word, or of what is in quotes
+_LONG_WORD = re.compile(
+    rf"'[^']{{{LONGEST_WORD},}}'|\"[^\"]{{{LONGEST_WORD},}}\"|\S{{{LONGEST_WORD},}}"
+)
 
 
 class InputError(ValueError):
@@ -14,11 +21,17 @@ class InputError(ValueError):
 
     exit_code = 2
 
+    def __init__(self, message: object = ""):
+        super().__init__(shorten(str(message)))
+
 
 class CheckFailed(RuntimeError):
     """A check that the user asked for did not hold."""
 
     exit_code = 3
+
+    def __init__(self, message: object = ""):
+        super().__init__(shorten(str(message)))
 
 
 class MissingExtra(InputError):
@@ -29,6 +42,21 @@ class MissingExtra(InputError):
             f"{purpose} needs the package {package!r}, which is not installed; "
             f"pip install 'lqec-jax[{extra}]'"
         )
+
+
+def shorten(text: str) -> str:
+    """Leaves out the middle of words that are too long, and of a text that is.
+
+    What is wrong stands at a message's beginning, and what to do at its end.
+    """
+    text = _LONG_WORD.sub(lambda word: _cut(word[0], LONGEST_WORD), text)
+    return _cut(text, LONGEST)
+
+
+def _cut(text: str, longest: int) -> str:
+    head = longest * 3 // 5
+    tail = longest - head - len(" ... ")
+    return text if len(text) <= longest else f"{text[:head]} ... {text[-tail:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -44,6 +44,17 @@ class Recipe:
         return frozenset().union(*(step.needs for step in self.steps))
 
     @property
+    def largest_batch(self) -> int:
+        """Returns how many windows the largest update of a model step sees, 0 without one."""
+        trained = (step for step in self.steps if step.scope == "model")
+        return max((step.schedule.batch or 0 for step in trained), default=0)
+
+    @property
+    def reads_dense_again(self) -> bool:
+        """Says whether dense weights are read for more than compressing them block by block."""
+        return any(step.scope == "model" for step in self.steps) or "fisher" in self.needs
+
+    @property
     def reads_student(self) -> bool:
         """Says whether some step reads what the student computes inside."""
         return bool(self.needs) or any(step.scope == "block" for step in self.steps)

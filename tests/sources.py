@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "lqec_jax").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "lqec_kernels").rglob("*.py"))
 SOURCES = PACKAGE + KERNELS
+# Scripts that use them: measurements of products alone, and of whole models.
+BENCH = sorted(p for p in (ROOT / "kernels").rglob("*.py") if p not in KERNELS)
+STUDIES = sorted((ROOT / "configs").rglob("*.py"))
 # Everything written here is read by the same reader; scripts beside the package count too.
 WRITTEN = sorted(
     path

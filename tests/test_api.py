@@ -1,7 +1,9 @@
 """The verbs as functions: what they return, what they agree on, and what they refuse."""
 
+import dataclasses
 import re
 import tempfile
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 import lqec_jax as lqec
-from lqec_jax.core.tree import unstack_blocks
+from lqec_jax.core.tree import equal_trees, unstack_blocks
 from lqec_jax.errors import InputError
+from lqec_jax.io.artifact.artifact import load_artifact
 from lqec_jax.recipe import parse_recipe
 from tests.golden.tiny_checkpoint import RTN, SEQLEN, hash_folder, make_tokens, write_checkpoint
 
@@ -33,13 +36,6 @@ def model(folder):
 def small(folder):
     """Streamed from the folder, and kept as an artifact."""
     return lqec.compress(folder / "model", RTN, TOKENS, seqlen=SEQLEN, out=folder / "out")
-
-
-def equal_trees(left, right):
-    same = jax.tree.map(
-        lambda a, b: a.dtype == b.dtype and bool(jnp.array_equal(a, b)), left, right
-    )
-    return jax.tree.all(same)
 
 
 # ---- load, logits, perplexity, divergence
@@ -142,6 +138,22 @@ def test_the_model_returned_is_the_model_on_disk(folder, small):
     assert loaded.fingerprint == small.fingerprint != ""
     windows = TOKENS.reshape(-1, SEQLEN)
     assert bool(jnp.array_equal(lqec.logits(loaded, windows), lqec.logits(small, windows)))
+
+
+def test_what_reads_back_otherwise_is_given_no_name(folder, small, monkeypatch):
+    def damage(*arguments):
+        model = load_artifact(*arguments)
+        norm = jax.tree.map(lambda array: array.at[0].add(1), model.params["norm"])
+        return dataclasses.replace(model, params={**model.params, "norm": norm})
+
+    run = partial(lqec.compress, folder / "model", RTN, TOKENS, seqlen=SEQLEN, out=folder / "bad")
+    with monkeypatch.context() as patch:
+        patch.setattr("lqec_jax.api.load_artifact", damage)
+        with pytest.raises(OSError, match="what was read back is not what was written"):
+            run()
+    assert not (folder / "bad").exists()
+    assert equal_trees(run(resume=True).params, small.params)
+    assert hash_folder(folder / "bad")["lqec.json"] == hash_folder(folder / "out")["lqec.json"]
 
 
 def test_a_run_without_a_name_leaves_nothing_behind(model, tmp_path, monkeypatch):

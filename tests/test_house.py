@@ -1,37 +1,30 @@
 """The laws of the house that a machine can check: who imports whom, what a method is, mirrors."""
 
+import ast
 import importlib
 import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lqec_jax.methods import METHODS
-from tests.sources import KERNELS, ROOT, SOURCES, imported, imported_at_top, name_of, parse
-
-# L0 .. L6. A part may import parts of lower levels and itself; parts of one level do not see one
-# another, except where SIDEWAYS says so.
-LADDER = (
-    {"errors", "lqec_kernels"},
-    {"core"},
-    {"train"},
-    {"quantizers", "sparsifiers", "compensation", "transforms", "trainings", "models"},
-    {"io", "evaluate", "recipe", "methods", "calibration"},
-    {"runs"},
-    {"api", "planning", "demo", "foreign", "analysis"},
-    {"cli"},
-    {"__init__", "__main__"},
+from tests.ladder import LADDER, SIDEWAYS, draw_table, level_of, part_of
+from tests.sources import (
+    BENCH,
+    KERNELS,
+    ROOT,
+    SOURCES,
+    STUDIES,
+    imported,
+    imported_at_top,
+    name_of,
+    parse,
 )
-SIDEWAYS = {
-    ("recipe", "methods"): "a recipe names rows of the table",
-    ("io", "evaluate"): "an artifact carries its report as a page and a model card",
-    ("evaluate", "calibration"): "a prompt's tokens are checked as a text's",
-    ("analysis", "api"): "a comparison is a user of the verbs",
-    ("demo", "api"): "the demo is a user of the verbs",
-}
+
 METHOD_FOLDERS = ("quantizers", "sparsifiers", "compensation", "transforms", "trainings")
 
 # Imported only inside the function that needs it, wherever that is.
@@ -56,6 +49,10 @@ MIRRORS = {
     ),
     "lqec_jax/models/layers.py": ("tests/models/test_llama_logits.py", "parts of a decoder"),
     "lqec_jax/models/decoder.py": ("tests/models/test_llama_logits.py", "equals the original"),
+    "lqec_jax/io/sources/chat_worker.py": (
+        "tests/io/sources/test_chat.py",
+        "the process that chat.py starts, run there",
+    ),
     "lqec_jax/analysis/__init__.py": ("tests/analysis/test_ranks.py", "a docstring"),
     "lqec_jax/planning/__init__.py": ("tests/planning/test_plan.py", "a docstring"),
     "lqec_jax/planning/machines.py": ("tests/planning/test_plan.py", "figures of the makers"),
@@ -81,26 +78,11 @@ MIRRORS = {
 }
 
 
-def part_of(module: str) -> str | None:
-    """Returns which part of the house a module belongs to, None for other people's."""
-    first, _, rest = module.partition(".")
-    if first == "lqec_kernels":
-        return "lqec_kernels"
-    if first == "lqec_jax":
-        return rest.partition(".")[0] or "__init__"
-    return None
-
-
 def part_of_file(path: Path) -> str:
-    if path in KERNELS:
-        return "lqec_kernels"
+    for part, paths in (("lqec_kernels", KERNELS), ("bench", BENCH), ("studies", STUDIES)):
+        if path in paths:
+            return part
     return path.relative_to(ROOT / "lqec_jax").parts[0].removesuffix(".py")
-
-
-def level_of(part: str) -> int:
-    levels = [level for level, parts in enumerate(LADDER) if part in parts]
-    assert levels, f"{part!r} has no place on the ladder: give it one, in house.md and here"
-    return levels[0]
 
 
 def method_modules() -> dict[str, list[str]]:
@@ -121,17 +103,41 @@ def test_the_walk_sees_the_house():
 # Imports
 
 
-def test_imports_go_down_the_ladder():
-    wrong = []
-    for path in SOURCES:
+def find_arrows() -> Iterator[tuple[str, str, str]]:
+    """Yields (part, part it imports, where) of every import from one part of another."""
+    for path in SOURCES + BENCH + STUDIES:
         part = part_of_file(path)
         for module in imported(parse(path)):
-            other = part_of(module)
-            if other is None or other == part or (part, other) in SIDEWAYS:
-                continue
-            if other == "__init__" or level_of(other) >= level_of(part):
-                wrong.append(f"{name_of(path)} imports {module}")
+            if (other := part_of(module)) not in (None, part):
+                yield part, other, f"{name_of(path)} imports {module}"
+
+
+def test_imports_go_down_the_ladder():
+    wrong = [
+        where
+        for part, other, where in find_arrows()
+        if level_of(other) >= level_of(part) and (part, other) not in SIDEWAYS
+    ]
     assert not wrong
+
+
+def test_the_ladder_has_ten_levels_at_most_and_no_empty_step():
+    assert len(LADDER) <= 10
+    here = {part_of_file(path) for path in SOURCES + BENCH + STUDIES}
+    assert {part for parts in LADDER for part in parts} == here
+    arrows = {(part, other) for part, other, _ in find_arrows()}
+    assert set(SIDEWAYS) <= arrows, "nobody takes these ways any more"
+    assert all(level_of(part) == level_of(other) for part, other in SIDEWAYS)
+
+
+def test_the_benchmarks_of_kernels_use_kernels_alone():
+    parts = {part_of(module) for path in BENCH for module in imported(parse(path))}
+    assert parts - {None} == {"lqec_kernels"}
+
+
+def test_the_readme_draws_the_ladder():
+    # `python -m tests.ladder` writes it.
+    assert draw_table() in (ROOT / "README.md").read_text()
 
 
 def test_kernels_depend_on_jax_only():
@@ -152,7 +158,7 @@ def test_flax_is_imported_by_models_only():
         for path in SOURCES
         if "flax" in {module.partition(".")[0] for module in imported(parse(path))}
         and not name_of(path).startswith(models)
-        and name_of(path) != "lqec_jax/io/exports/flax.py"
+        and name_of(path) not in ("lqec_jax/io/exports/flax.py", "lqec_jax/io/sources/flax.py")
     ]
     assert not wrong
 
@@ -287,3 +293,27 @@ def test_every_exemption_is_needed():
     for source, (_, reason) in MIRRORS.items():
         assert reason and (ROOT / source).is_file(), source
         assert not (ROOT / mirror_of(ROOT / source)).is_file(), f"{source} has its mirror"
+
+
+# Addresses
+
+OTHER_TREES = {
+    "lqec_jax/foreign/axes.py": "an example of somebody's tree",
+    "lqec_jax/io/sources/flax.py": "a name in transformers' Flax trees",
+}
+
+
+def spells_an_address(path: Path) -> bool:
+    """Says whether a string other than a docstring holds the address of a linear's weight."""
+    tree = parse(path)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return any(
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+        and "/kernel" in node.value and id(node) not in prose
+        for node in ast.walk(tree)
+    )  # fmt: skip
+
+
+def test_addresses_of_weights_are_spelled_by_their_owner_alone():
+    found = {name_of(path) for path in SOURCES if spells_an_address(path)}
+    assert found == set(OTHER_TREES)

@@ -183,3 +183,8 @@ def test_a_place_is_given_where_there_is_one():
 def test_a_long_recipe_is_quoted_in_short():
     message = refusal("rtn(" + "a" * 2000)
     assert len(message) < 200 and "..." in message
+
+
+def test_the_largest_batch_is_of_model_steps_alone():
+    assert parse_recipe("omniquant(batch=16)").largest_batch == 0
+    assert parse_recipe("rtn | rilq(batch=2) | merge | lrec(batch=6)").largest_batch == 6

@@ -5,6 +5,7 @@ no hook for this.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.cli import main
+from lqec_jax.core.tree import unstack_blocks
 from lqec_jax.errors import InputError
-from lqec_jax.runs.folder import Run
+from lqec_jax.runs.folder import Run, read_state
 from tests.golden.tiny_checkpoint import (
     RILQ,
     RTN,
@@ -63,6 +65,7 @@ IN_LREC, IN_FINETUNE = (
     f"(session._step.name, done) == ({name!r}, 7)"
     for name in ("lrec", "finetune")
 )
+BEFORE_WHOLE = "Run, 'commit', lambda _, **changes: changes.get('artifact')"
 BEFORE_RENAME = "Run, 'finish', lambda *_: True"
 
 
@@ -103,23 +106,47 @@ def first_of(task, lines):
     return next((line for line in lines if line.startswith(f"{task}: ")), None)
 
 
-def test_a_run_killed_three_times_ends_in_the_same_bytes(folder, capfd):
+def test_a_run_killed_four_times_ends_in_the_same_bytes(folder, capfd):
     arguments = command(folder, "killed", TRAINED)
     partial = folder / "killed.partial"
     kill(arguments, IN_BLOCK)
     assert not (partial / "phase-0" / "block-3.safetensors").exists()
     lines = kill([*arguments, "--resume"], IN_UPDATE)
     assert first_of("rtn", lines) == "rtn: 3/5"
-    lines = kill([*arguments, "--resume"], BEFORE_RENAME)
+    lines = kill([*arguments, "--resume"], BEFORE_WHOLE)
     assert first_of("rtn", lines) is None
     # Checkpoints are written in the background: the last one may not have been whole.
     assert first_of("rilq", lines) in {"rilq: 10/40", "rilq: 20/40"}
+    lines = kill([*arguments, "--resume"], BEFORE_RENAME)
+    # Its training is at its end already; it is scored again.
+    assert first_of("rilq", lines).startswith("rilq: perplexity")
     assert not (folder / "killed").exists()
     assert main([*arguments, "--resume"]) == 0
     lines = capfd.readouterr().err.splitlines()
     assert lines == ["calibration: 10 windows of 32 tokens, 2 more for validation"]
     assert not partial.exists()
     check_equal(folder, "killed", "trained")
+
+
+def test_a_run_that_kept_its_last_phase_block_by_block_goes_on(folder, monkeypatch):
+    """As runs were laid out before the artifact took the last phase's place."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", stop)
+        assert main([*command(folder, "older", TRAINED), "--quiet"]) == 130
+    partial = folder / "older.partial"
+    made = lqec.load(partial / "artifact")
+    shutil.rmtree(partial / "artifact")
+    run = Run(partial, folder / "older", read_state(partial))
+    for layer, block in enumerate(unstack_blocks(made.params["blocks"])):
+        run.save_block(1, layer, block)
+    del run.state["artifact"]
+    run.commit(phase=2, blocks=0)
+    assert main([*command(folder, "older", TRAINED), "--quiet", "--resume"]) == 0
+    check_equal(folder, "older", "trained")
 
 
 def test_every_training_of_a_chain_goes_on_where_it_was_killed(folder, capfd):

@@ -58,6 +58,9 @@ class QuantizedLowRank:
     def rank(self) -> int:
         return self.a.d_out
 
+    def axes(self, axis: int) -> dict[str, int]:
+        return {"a": -2} if axis == -2 else {"b": -2}
+
     def factors(self) -> LowRank:
         """Returns what the codes stand for, float32."""
         return LowRank(self.a.dense(), self.b.dense().mT)

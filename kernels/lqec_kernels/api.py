@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from lqec_kernels.capability import IMPLEMENTATIONS, ORDER, why_not
 from lqec_kernels.formats import Base, LowRank
 from lqec_kernels.layers import take_layer
-from lqec_kernels.prepare import can_prepare, prepare
 from lqec_kernels.reference import tiled_matmul, vary_alike
+from lqec_kernels.repacking import can_repack, repack_for_kernels
 
 # What taking an input into a mean costs, in multiply-adds: on a CPU, over 128 to 352 inputs.
 MEANS = 4
@@ -36,7 +36,7 @@ def packed_matmul(
 
     Args:
       x: floating [..., d_in].
-      base: a format of `formats`, unstacked. Kernels read what `prepare` makes of it; asked for by
+      base: a format of `formats`, unstacked. Kernels read what `repack` makes of it; asked for by
         name, they repack an Affine in the program, at every call.
       corrections: operators with `apply(x)`, such as LowRank.
       layer: int32 []; base and corrections are stacks then, and this layer of them is meant. A
@@ -44,7 +44,7 @@ def packed_matmul(
       implementation: 'xla', in plain XLA, see `reference`; 'pallas', interpreted on a CPU and
         Mosaic's on a TPU; 'triton', for NVIDIA GPUs; 'pallas_triton', the Pallas kernel on them,
         deprecated by jax 0.11; 'mosaic', for Hopper GPUs, x of 16 bits and Planes; or 'auto', what
-        `use` says, else the first that the platform has and the base is prepared for
+        `use` says, else the first that the platform has and the base is repacked for
         (`capability.ORDER`), which is logged once.
       shards: see `tiled_matmul`.
     Returns:
@@ -64,8 +64,8 @@ def packed_matmul(
     reasons = {}
     for name in named or ORDER.get(jax.default_backend(), ("xla",)):
         reasons[name] = why_not(name, base, x.dtype, shards=shards)
-        if not reasons[name] and name != "xla" and not named and can_prepare(base):
-            reasons[name] = "the weight is not in its layout; call lqec_kernels.prepare once"
+        if not reasons[name] and name != "xla" and not named and can_repack(base):
+            reasons[name] = "the weight is not in its layout; call lqec_kernels.repack once"
         if reasons[name]:
             continue
         try:
@@ -122,8 +122,8 @@ def _multiply(name: str, x, base: Base, corrections: tuple, layer, shards: int) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_kernel(name: str, x: jax.Array, base: Base, low_rank, layer) -> jax.Array:
-    # `prepare` changes no number, so that gradients may be of what was stored.
-    return _find_kernel(name)(x, prepare(base), low_rank, layer=layer)
+    # Repacking changes no number, so that gradients may be of what was stored.
+    return _find_kernel(name)(x, repack_for_kernels(base), low_rank, layer=layer)
 
 
 def _find_kernel(name: str) -> Callable:

@@ -8,18 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from lqec_kernels.formats import Base
-from lqec_kernels.level_planes import LevelPlanes
-from lqec_kernels.planes import Planes
-from lqec_kernels.prepare import can_prepare
-from lqec_kernels.sparse_planes import SparsePlanes
+from lqec_kernels.repacking import REPACKED, can_repack
 
 # What `auto` tries on each platform, first to last. The interpreter is exact, not fast: a CPU has
 # XLA alone. On a TPU the compiler expects forty times more of XLA's product than of the kernel's
 # for one token. 'mosaic' is asked for by name.
 ORDER = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("pallas", "xla")}
 IMPLEMENTATIONS = ("xla", "pallas", "triton", "pallas_triton", "mosaic")
-# Formats in the order in which kernels read them.
-PREPARED = (Planes, LevelPlanes, SparsePlanes)
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -28,13 +23,13 @@ def why_not(implementation: str, base: Base, dtype: Any, *, shards: int = 1) -> 
 
     Args:
       implementation: one of `IMPLEMENTATIONS`.
-      base: the weight; one that `prepare` would repack counts as repacked.
+      base: the weight; one that can be repacked counts as repacked.
       dtype: of x.
       shards: over how many devices the columns are split.
     """
     if implementation == "xla":
         return ""
-    if not isinstance(base, PREPARED) and not can_prepare(base):
+    if not isinstance(base, REPACKED) and not can_repack(base):
         return f"it reads no {_describe(base)}"
     if jnp.dtype(dtype).name not in _FLOATS:
         return f"x is {jnp.dtype(dtype).name}; it takes {', '.join(_FLOATS)}"

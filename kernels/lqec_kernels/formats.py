@@ -8,7 +8,8 @@ products do not see because `scan` and `vmap` take them away first.
 
 A base says how it is cut by output column: `columns()` returns arrays whose last axis is d_out, and
 `layout.dense(columns)` gives the dense weight of just those columns. That pair is all a product
-needs, and `unit` all a sharding rule needs, so a new base touches neither models nor training.
+needs, and `unit` all a sharding rule needs, so a new base touches neither models nor training. A
+correction says by `axes` what a base says by where its arrays' axes lie.
 """
 
 import math
@@ -44,6 +45,24 @@ class Base(Protocol):
 
     def unit(self, axis: int) -> int:
         """Returns how many inputs (axis -2) or outputs (-1) in a row cannot be parted."""
+
+
+class Correction(Protocol):
+    """What is added to a base's product; it reads the inputs that no transform has changed."""
+
+    def apply(self, x: jax.Array) -> jax.Array: ...
+    def dense(self, dtype: Any = jnp.float32) -> jax.Array: ...
+    def stored_bits(self) -> int: ...
+
+    def axes(self, axis: int) -> dict[str, int]:
+        """Returns which fields run along the weight's d_in (axis -2) or d_out (-1), and where.
+
+        Name of a field -> that axis of it, an array or a base, which says its `unit`. Fields that
+        are not named have no such axis.
+        """
+
+    def factors(self) -> "LowRank | None":
+        """Returns the same correction as two floating factors; None where it is no such product."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +237,12 @@ class LowRank:
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         rows = self.rows().astype(dtype)
         return jnp.repeat(rows, self.pool, axis=-2) if self.pool > 1 else rows
+
+    def axes(self, axis: int) -> dict[str, int]:
+        return {"a": -2} if axis == -2 else {"b": -1}
+
+    def factors(self) -> "LowRank":
+        return self
 
     def expanded(self) -> "LowRank":
         """Returns the same correction as one that reads every input by itself, a float32."""

@@ -31,7 +31,7 @@ class LevelPlanesLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LevelPlanes:
-    """Codebook of scalars, its codes in `planes`; made by `prepare`, not stored on disk.
+    """Codebook of scalars, its codes in `planes`; made by `repack`, not stored on disk.
 
     w[i, o] = scales[i // group_size, o] · level(code[i, o])
 

@@ -81,7 +81,7 @@ def mosaic_matmul(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Multiplies by a prepared weight on a Hopper GPU: y = x @ base.dense() + (x @ a) @ b.
+    """Multiplies by a repacked weight on a Hopper GPU: y = x @ base.dense() + (x @ a) @ b.
 
     Args:
       x: bfloat16 or float16 [..., d_in].
@@ -115,7 +115,7 @@ def check(x: jax.Array, base: Base) -> None:
     """
     if not isinstance(base, Planes):
         raise NotImplementedError(
-            f"the Mosaic kernel reads Planes, not {type(base).__name__}; call lqec_kernels.prepare"
+            f"the Mosaic kernel reads Planes, not {type(base).__name__}; call lqec_kernels.repack"
         )
     if base.unit_size != UNIT:
         raise NotImplementedError(

@@ -62,6 +62,12 @@ class Outliers:
     def stored_bits(self) -> int:
         return stored_bits(self.places, self.values)
 
+    def axes(self, axis: int) -> dict[str, int]:
+        return {}  # a place is a number of both
+
+    def factors(self) -> None:
+        return None
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(shape: tuple[int, int], x: jax.Array, places: jax.Array, values: jax.Array):

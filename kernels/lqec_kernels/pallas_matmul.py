@@ -80,7 +80,7 @@ def pallas_matmul(
     config: Config | None = None,
     on_gpu: bool = False,
 ) -> jax.Array:
-    """Multiplies by a prepared weight: y = x @ base.dense() + (x @ a) @ b.
+    """Multiplies by a repacked weight: y = x @ base.dense() + (x @ a) @ b.
 
     On a CPU the kernel is interpreted, which is slow and exact; on a TPU it is Mosaic's.
 

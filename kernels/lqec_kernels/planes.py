@@ -93,7 +93,7 @@ class PlanesLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Planes:
-    """Affine's grid in the order in which kernels read it; made by `prepare`, not stored on disk.
+    """Affine's grid in the order in which kernels read it; made by `repack`, not stored on disk.
 
     w[i, o] = (code[i, o] - offsets[i // group_size, o]) · scales[i // group_size, o],
     code = planes[0] + planes[1] · 2^(bits of planes[0])

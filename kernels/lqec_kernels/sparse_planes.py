@@ -41,7 +41,7 @@ class SparsePlanesLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SparsePlanes:
-    """Sparse24 over Affine, its codes and places in planes; made by `prepare`, not stored on disk.
+    """Sparse24 over Affine, its codes and places in planes; made by `repack`, not stored on disk.
 
     Of every four inputs the two kept weights lie in planes of their own, the firsts and the
     seconds, at one place: a kernel then has input k of all fours as one matrix, for k = 0 .. 3, and

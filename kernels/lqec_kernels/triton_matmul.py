@@ -42,7 +42,7 @@ def triton_matmul(
     layer: jax.Array | None = None,
     config: Config | None = None,
 ) -> jax.Array:
-    """Multiplies by a prepared weight on an NVIDIA GPU: y = x @ base.dense() + (x @ a) @ b.
+    """Multiplies by a repacked weight on an NVIDIA GPU: y = x @ base.dense() + (x @ a) @ b.
 
     Args:
       x: float32, bfloat16 or float16 [..., d_in].
@@ -73,7 +73,7 @@ def check(x: jax.Array, base: Base) -> None:
     """
     if not isinstance(base, Planes):
         raise NotImplementedError(
-            f"the Triton kernels read Planes, not {type(base).__name__}; call lqec_kernels.prepare"
+            f"the Triton kernels read Planes, not {type(base).__name__}; call lqec_kernels.repack"
         )
     if base.unit_size != LARGEST_UNIT:
         raise NotImplementedError(
@@ -103,11 +103,11 @@ def tune(
     if problem.kind == "panels":
         return None
 
-    def prepare_run(config: Config) -> Callable[[], jax.Array]:
+    def make_run(config: Config) -> Callable[[], jax.Array]:
         run = jax.jit(lambda *given: triton_matmul(*given, config=config))
         return lambda: run(rows, base, low_rank)
 
-    return tuning.autotune(problem, prepare_run, **options)
+    return tuning.autotune(problem, make_run, **options)
 
 
 def describe(rows: jax.Array, base: Planes) -> Problem:

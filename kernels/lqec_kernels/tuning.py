@@ -124,7 +124,7 @@ def list_candidates(problem: Problem) -> list[Config]:
 
 def autotune(
     problem: Problem,
-    prepare_run: Callable[[Config], Callable[[], Any]],
+    make_run: Callable[[Config], Callable[[], Any]],
     *,
     candidates: Iterable[Config] | None = None,
     measure: Callable[[Callable[[], Any]], float] | None = None,
@@ -134,7 +134,7 @@ def autotune(
 
     Args:
       problem: what is timed.
-      prepare_run: configuration -> a function that makes the product once.
+      make_run: configuration -> a function that makes the product once.
       candidates: None lists them by `list_candidates`.
       measure: function -> seconds; None is `measure_seconds`.
       folder: of the cache.
@@ -147,7 +147,7 @@ def autotune(
     taken, reason = {}, "there were no candidates"
     for config in list_candidates(problem) if candidates is None else candidates:
         try:
-            taken[config] = measure(prepare_run(config))
+            taken[config] = measure(make_run(config))
         # What a device has too little of, registers or shared memory, comes under many names.
         except Exception as error:
             reason = str(error).partition("\n")[0]

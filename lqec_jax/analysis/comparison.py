@@ -12,7 +12,6 @@ distance to the teacher. Killed, a comparison loses what its unfinished row has 
 
 import ast
 import csv
-import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,21 +26,22 @@ import numpy as np
 from lqec_jax import api
 from lqec_jax.calibration.data import load_tokens
 from lqec_jax.core.arguments import check_int
+from lqec_jax.core.hashing import hash_parts
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at
+from lqec_jax.core.sites import each
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate.card import describe_base
 from lqec_jax.evaluate.page import TEACHER, render_comparison
 from lqec_jax.evaluate.report import describe_environment, make_finite, reset_peak_rss
 from lqec_jax.io.artifact.artifact import is_artifact
-from lqec_jax.io.files import write_json, write_text
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, write_json, write_text
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
 from lqec_jax.runs.folder import STATE, partial_folder
-from lqec_jax.runs.job import Job, make_windows, prepare
+from lqec_jax.runs.job import Job, prepare
 from lqec_jax.runs.linears import preview
+from lqec_jax.runs.text import make_windows, name_protocol
 
 RESULTS, TABLE, PAGE, ROWS = "results.json", "results.csv", "report.html", "rows"
 COLUMNS = ("recipe", "seed", "bits_per_weight", "ppl", "low", "high", "nll", "kl", "top1", "tokens",
@@ -59,7 +59,7 @@ class Entry:
     @property
     def name(self) -> str:
         """Returns a name for its folder, which depends on nothing but the recipe and the seed."""
-        digest = hashlib.sha256(f"{self.recipe} seed {self.seed}".encode()).hexdigest()
+        digest = hash_parts([f"{self.recipe} seed {self.seed}"])
         return "-".join([*(step.name for step in self.recipe.steps), digest[:8]])
 
 
@@ -111,11 +111,14 @@ def compare(
     saved = _open(folder, resume=resume)
     make = {"seqlen": seqlen, "windows": windows, "val_ratio": val_ratio, "dtype": dtype}
     job = prepare(model, entries[0].recipe, calib, seed=entries[0].seed, **make)
-    held_out = read_held_out(job, text, seqlen, text_windows, protocol)
+    notes = list(job.text.notes)
+    held_out = read_held_out(job, text, seqlen, text_windows, protocol, notes.append)
     _check_entries(job, entries)
-    board = _Board.begin(folder, saved, job, held_out, f"{_name(text, protocol)}/{seqlen}")
-    scorer = Scorer(model, held_out, _name(text, protocol), dtype)
+    board = _Board.begin(folder, saved, job, held_out, f"{name_protocol(text, protocol)}/{seqlen}")
+    scorer = Scorer(model, held_out, name_protocol(text, protocol), dtype)
     reporter = reporter or Silent()
+    for line in notes:
+        reporter.say(line)
     if not board.has(TEACHER, None):
         board.add(_measure_teacher(scorer, reporter))
     for number, entry in enumerate(entries, start=1):
@@ -201,19 +204,17 @@ def _check_entries(job: Job, entries: Sequence[Entry]) -> None:
         preview(model_fns(job.source.config), shapes, recipe)
 
 
-def read_held_out(job: Job, text: Any, seqlen: int, windows: int | None, protocol: str):
+def read_held_out(
+    job: Job, text: Any, seqlen: int, windows: int | None, protocol: str, note: Any = None
+) -> np.ndarray:
     """Returns what rows are scored on, int32 [n, seqlen]."""
     if windows is not None:
         check_int("compare", "text_windows", windows, 1)
     if isinstance(text, str | Path):
         limit = None if windows is None else windows * seqlen
-        text = load_tokens(text, job.tokenizer, protocol, seqlen=seqlen, limit=limit)
+        options = {"seqlen": seqlen, "limit": limit, "note": note}
+        text = load_tokens(text, job.source.tokenizer, protocol, **options)
     return make_windows(job.source.config, text, seqlen, windows)
-
-
-def _name(text: Any, protocol: str) -> str:
-    is_text = isinstance(text, str | Path) and Path(text).suffix != ".npy"
-    return protocol if is_text else "tokens"
 
 
 # ---- a row
@@ -242,8 +243,7 @@ class Scorer:
 
 def _measure_teacher(scorer: Scorer, reporter: Reporter) -> dict[str, Any]:
     teacher = scorer.load_teacher()
-    kernels = [get_at(segment, f"{path}/kernel")
-               for segment in teacher.params["blocks"] for path in teacher.fns.linears]  # fmt: skip
+    kernels = [kernel for _, kernel in each(teacher.params, teacher.fns.sites)]
     stored = sum(8 * kernel.nbytes for kernel in kernels) / sum(kernel.size for kernel in kernels)
     return _make_row(recipe=TEACHER, bits_per_weight=stored, **scorer.score(teacher, reporter))
 
@@ -314,11 +314,11 @@ class _Board:
     @classmethod
     def begin(cls, folder: Path, saved, job: Job, held_out: np.ndarray, protocol: str) -> "_Board":
         named = {name: job.fingerprint[name] for name in ("model", "calibration", "dtype")}
-        text = hashlib.sha256(np.ascontiguousarray(held_out, np.int32).tobytes()).hexdigest()
+        text = hash_parts([np.asarray(held_out, np.int32)])
         settings = named | {"text": text, "protocol": protocol}
         if saved is None:
             fresh = {
-                "model": describe_base(job.folder)["name"],
+                "model": describe_base(job.source.folder)["name"],
                 "protocol": protocol,
                 "settings": settings,
                 "environment": describe_environment(),

@@ -27,8 +27,7 @@ from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate.discrepancy import discrepancy
 from lqec_jax.evaluate.rank_page import render_ranks
-from lqec_jax.io.files import write_json, write_text
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, write_json, write_text
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.job import prepare

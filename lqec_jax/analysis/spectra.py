@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core import sites
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at, is_compressed, unstack_blocks
+from lqec_jax.core.tree import is_compressed, unstack_blocks
+from lqec_jax.io.sources.source import Source
 from lqec_jax.models.model import Model
-from lqec_jax.runs.driver import Source
 from lqec_kernels.formats import CompressedLinear
 
 # Every rank up to the first is shown, beyond it so many a doubling.
@@ -41,9 +42,9 @@ def measure_spectra(
     for layer, block in enumerate(blocks):
         dense = source.block(layer)
         for path in student.fns.linears:
-            leaf = get_at(block, f"{path}/kernel")
+            leaf = sites.get(block, path)
             if is_compressed(leaf):
-                w = jnp.asarray(get_at(dense, f"{path}/kernel"), jnp.float32)
+                w = jnp.asarray(sites.get(dense, path), jnp.float32)
                 rows.append(describe_error(path, layer, w, leaf))
         reporter.advance(layer + 1)
     return rows

@@ -4,6 +4,7 @@ Perplexities under two protocols cannot be compared, so a protocol is named, nev
 `documents` is BOS (if the tokenizer has one) + tokens for each document, all concatenated;
 `gptq` is the literature's (Frantar et al. 2023, arXiv:2210.17323): documents joined by two
 newlines, tokenized once, one leading BOS if the tokenizer has one.
+A text that begins with the BOS already, as chat templates write it, gets no second one.
 The stream is cut into consecutive windows and the remainder is dropped.
 """
 
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lqec_jax.core.arguments import check_tokens
 from lqec_jax.errors import InputError, MissingExtra, did_you_mean
 
 PROTOCOLS = ("documents", "gptq")
@@ -29,6 +31,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 _JOINT = "\n\n"
 _SLACK = 256  # tokens
 _CHARACTERS = 6  # of text a token is first taken to cover; doubled where it covers more
+_HEAD = 64  # characters of a text in which a BOS of its own shows
 
 
 class Encoder(Protocol):
@@ -67,6 +70,7 @@ def tokenize(
     protocol: str,
     limit: int | None = None,
     source: str | Path = "the text",
+    note: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """Turns documents into one stream of ids, int32 [tokens].
 
@@ -75,6 +79,7 @@ def tokenize(
       protocol: `documents` or `gptq`, see the module.
       limit: keeps the first `limit` tokens and stops reading once they are there.
       source: what an error calls the text.
+      note: is told, in one line, how many documents brought a BOS of their own, where some did.
     Raises:
       InputError: an unknown protocol; a text without a token.
     Example:
@@ -83,10 +88,19 @@ def tokenize(
     """
     _check_protocol(protocol)
     bos = np.asarray([] if bos_id is None else [bos_id], np.int32)
+    count = _OwnBos()
+    if bos_id is not None:
+        documents = count.over(documents, encode, bos_id)
+
+    def encode_bare(text: str) -> np.ndarray:
+        return drop_bos(np.asarray(encode(text), np.int32), bos_id)
+
     if protocol == "documents":
-        pieces = _encode_each(documents, encode, bos, limit)
+        pieces = _encode_each(documents, encode_bare, bos, limit)
     else:
-        pieces = [bos, _encode_joined(documents, encode, limit)]
+        pieces = [bos, _encode_joined(documents, encode_bare, limit)]
+    if note is not None and count.own:
+        note(f"{str(source).rpartition('/')[2]}: {count.in_words}")  # goes into reports: no place
     if sum(piece.size for piece in pieces[1::2]) == 0:
         raise InputError(f"{source} has no tokens; wanted a document that has some")
     return np.concatenate(pieces)[:limit]
@@ -99,6 +113,7 @@ def load_tokens(
     *,
     seqlen: int | None = None,
     limit: int | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """Reads a source of text or of ids as one stream, int32 [tokens].
 
@@ -108,6 +123,7 @@ def load_tokens(
       tokenizer: has `encode` and `bos_id`; not used for a `.npy`, whose ids are taken as they are.
       seqlen: the window length the caller will cut; a `.npy` of windows must have it.
       limit: keeps the first `limit` tokens.
+      note: as in `tokenize`.
     Raises:
       InputError: as `read_documents` and `tokenize`; a `.npy` of another shape or dtype.
     """
@@ -118,7 +134,20 @@ def load_tokens(
     if tokenizer is None:
         raise InputError(f"{source} is text, and there is no tokenizer; name a .npy of token ids")
     documents = read_documents(source)
-    return tokenize(documents, tokenizer.encode, tokenizer.bos_id, protocol, limit, source)
+    return tokenize(documents, tokenizer.encode, tokenizer.bos_id, protocol, limit, source, note)
+
+
+def drop_bos(ids: Sequence[int], bos_id: int | None) -> Sequence[int]:
+    """Returns a text's ids without the BOS that it begins with, however often it does.
+
+    Example:
+      >>> drop_bos([1, 1, 97, 1], 1)
+      [97, 1]
+    """
+    first = 0
+    while bos_id is not None and first < len(ids) and ids[first] == bos_id:
+        first += 1
+    return ids[first:]
 
 
 def cut_windows(tokens: np.ndarray, seqlen: int, windows: int | None = None) -> np.ndarray:
@@ -163,26 +192,28 @@ def split_windows(windows: np.ndarray, val_ratio: float) -> tuple[np.ndarray, np
     return windows[: n - held], windows[n - held :]
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    """Refuses ids that the model has no embedding for; a gather would clamp them silently.
-
-    Raises:
-      InputError: an id below 0 or not below vocab_size; names the first and its flat position.
-    """
-    flat = np.asarray(tokens).reshape(-1)
-    outside = np.flatnonzero((flat < 0) | (flat >= vocab_size))
-    if outside.size:
-        at = int(outside[0])
-        raise InputError(
-            f"token {at} is id {int(flat[at])}, outside the model's vocabulary of {vocab_size} "
-            f"({outside.size} such); use this model's own tokenizer"
-        )
-
-
 def _check_protocol(protocol: str) -> None:
     if protocol not in PROTOCOLS:
         near = did_you_mean(protocol, PROTOCOLS)
         raise InputError(f"protocol {protocol!r} is not known{near}")
+
+
+class _OwnBos:
+    """Counts documents as they are read, and those that bring a BOS of their own."""
+
+    read = own = 0
+
+    def over(
+        self, documents: Iterable[str], encode: Callable[[str], Sequence[int]], bos_id: int
+    ) -> Iterator[str]:
+        for document in documents:
+            self.read += 1
+            self.own += list(encode(document[:_HEAD])[:1]) == [bos_id]
+            yield document
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.own} of {self.read} documents bring their own BOS; none gets a second"
 
 
 def _encode_each(
@@ -201,7 +232,9 @@ def _encode_each(
     return pieces
 
 
-def _encode_joined(documents: Iterable[str], encode: Callable, limit: int | None) -> np.ndarray:
+def _encode_joined(
+    documents: Iterable[str], encode: Callable[[str], np.ndarray], limit: int | None
+) -> np.ndarray:
     """Encodes the join of the documents, of a long text only as much as `limit` tokens need.
 
     The head of a text has the first tokens of the whole, but for the few next to the cut, where a
@@ -215,7 +248,7 @@ def _encode_joined(documents: Iterable[str], encode: Callable, limit: int | None
             length += len(document) + len(_JOINT)
         whole = length < room
         text = _JOINT.join(parts)
-        ids = np.asarray(encode(text if whole else text[:room]), np.int32)
+        ids = encode(text if whole else text[:room])
         if whole or ids.size >= limit + _SLACK:
             return ids
         room *= 2

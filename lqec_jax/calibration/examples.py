@@ -2,8 +2,9 @@
 
 A row `{"text": ...}` is BOS (if the tokenizer has one) + its tokens + EOS (if it has one), and all
 of it but the BOS is learned. A row `{"prompt": ..., "completion": ...}` is BOS + prompt +
-completion + EOS, each of the two tokenized by itself, and what follows the prompt is learned. Rows
-are fed one each, padded behind; nothing reads or learns the padding, because attention looks back.
+completion + EOS, each of the two tokenized by itself, and what follows the prompt is learned. A BOS
+that a row begins with, or an EOS that it ends with, is that one; no row gets a second. Rows are fed
+one each, padded behind; nothing reads or learns the padding, because attention looks back.
 """
 
 import json
@@ -13,18 +14,16 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lqec_jax.calibration.data import Encoder, drop_bos
 from lqec_jax.errors import InputError
 
 WANTED = '{"text": ...} or {"prompt": ..., "completion": ...}'
 
 
-class Encoder(Protocol):
-    """What `read_examples` needs of a tokenizer; `encode` adds no special token."""
+class RowEncoder(Encoder, Protocol):
+    """What `read_examples` needs of a tokenizer: also the token that ends a row."""
 
-    bos_id: int | None
     eos_id: int | None
-
-    def encode(self, text: str) -> Sequence[int]: ...
 
 
 class Examples(NamedTuple):
@@ -35,15 +34,17 @@ class Examples(NamedTuple):
       learned: bool [n, t - 1]; learned[i, j] says whether predicting tokens[i, j + 1] counts.
       cut: how many rows were longer than `seqlen` and lost their end.
       dropped: how many rows had nothing left to learn, so that they are not among the n.
+      own_ends: how many rows brought a BOS or an EOS of their own.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
     cut: int
     dropped: int
+    own_ends: int = 0
 
 
-def read_examples(source: str | Path, tokenizer: Encoder, seqlen: int) -> Examples:
+def read_examples(source: str | Path, tokenizer: RowEncoder, seqlen: int) -> Examples:
     """Reads a .jsonl of examples.
 
     Args:
@@ -52,9 +53,10 @@ def read_examples(source: str | Path, tokenizer: Encoder, seqlen: int) -> Exampl
       InputError: no such file, or no .jsonl; a row that is none of the two kinds (file and line
         named); no row with anything to learn.
     """
-    rows, cut, dropped = [], 0, 0
+    rows, cut, dropped, own_ends = [], 0, 0, 0
     for prompt, completion in _read_rows(Path(source).expanduser()):
-        ids, first = _encode(tokenizer, prompt, completion)
+        ids, first, own = _encode(tokenizer, prompt, completion)
+        own_ends += own
         cut += len(ids) > seqlen
         ids = ids[:seqlen]
         if len(ids) > first:
@@ -66,7 +68,7 @@ def read_examples(source: str | Path, tokenizer: Encoder, seqlen: int) -> Exampl
             f"{source}: none of its {dropped} rows has a token to learn within {seqlen} tokens; "
             "give completions that are not empty, or a larger seqlen"
         )
-    return Examples(*_pad(rows), cut, dropped)
+    return Examples(*_pad(rows), cut, dropped, own_ends)
 
 
 def weigh(learned: np.ndarray) -> np.ndarray:
@@ -77,14 +79,20 @@ def weigh(learned: np.ndarray) -> np.ndarray:
     return (learned * (len(learned) / learned.sum())).astype(np.float32)
 
 
-def _encode(tokenizer: Encoder, prompt: str | None, completion: str) -> tuple[list[int], int]:
-    """Returns a row's tokens and the place of the first that is learned, at least 1."""
+def _encode(
+    tokenizer: RowEncoder, prompt: str | None, completion: str
+) -> tuple[list[int], int, bool]:
+    """Returns a row's tokens, where learning begins (at least 1), whether it brought own ends."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    head = bos + list(tokenizer.encode(prompt) if prompt else [])
-    body = list(tokenizer.encode(completion))
+    came = [list(tokenizer.encode(text)) if text else [] for text in (prompt, completion)]
+    # Of a completion too: a row has one beginning, and a prompt may be empty.
+    asked, body = (drop_bos(ids, tokenizer.bos_id) for ids in came)
+    body = drop_bos(body[::-1], tokenizer.eos_id)[::-1]
+    own = len(asked) + len(body) < sum(map(len, came))
+    head = bos + asked
     # An end alone is nothing to learn.
-    return head + body + (eos if body else []), max(len(head), 1)
+    return head + body + (eos if body else []), max(len(head), 1), own
 
 
 def _pad(rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.sites import get_all, put_all
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.core.walking import compile_block, compile_embed, cut_rows
-from lqec_jax.train.losses import next_token_nll
+from lqec_jax.train.vocabulary import next_token_nll
 
 
 def diagonal_fisher(
@@ -61,7 +61,7 @@ def diagonal_fisher(
         slope[some] = _head_slope(fns)(outer, np.asarray(slope[some]), windows[some])
     for layer in reversed(range(layers)):
         block = load_block(layer)
-        sums = {p: np.zeros(get_at(block, f"{p}/kernel").shape, np.float32) for p in fns.linears}
+        sums = {p: np.zeros(w.shape, np.float32) for p, w in get_all(block, fns.sites).items()}
         for some in rows:
             at = (np.asarray(h[layer][some]), np.asarray(slope[some]))
             sums, slope[some] = _backward(fns)(block, sums, *at)
@@ -86,13 +86,10 @@ def _backward(fns: ModelFns) -> Callable:
 
     @partial(jax.jit, donate_argnums=1)
     def sweep(block: Params, sums: dict, h: jax.Array, slope: jax.Array):
-        kernels = {path: get_at(block, f"{path}/kernel").astype(jnp.float32) for path in sums}
+        kernels = {path: w.astype(jnp.float32) for path, w in get_all(block, sums).items()}
 
         def answer(kernels: dict, h: jax.Array) -> jax.Array:
-            changed = block
-            for path, kernel in kernels.items():
-                changed = set_at(changed, f"{path}/kernel", kernel)
-            return fns.block(changed, h[None])[0][0]
+            return fns.block(put_all(block, kernels), h[None])[0][0]
 
         def add(sums: dict, window):
             _, pull = jax.vjp(answer, kernels, window[0])

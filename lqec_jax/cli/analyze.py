@@ -2,35 +2,34 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from lqec_jax.cli.compare import (
+from lqec_jax.cli.compare import Quiet, read_numbers
+from lqec_jax.cli.options import (
     Calib,
+    DenseModel,
     Dtype,
+    FolderOut,
     Protocol,
-    Quiet,
-    Resume,
+    ResumeRows,
+    ScoredText,
     Seqlen,
-    Text,
     TextWindows,
     ValRatio,
     Windows,
-    read_numbers,
+    json_of,
+    option,
 )
 from lqec_jax.errors import InputError
 
-Base = Annotated[str, typer.Option(metavar="R", help="A recipe that quantizes alone.")]
-Ranks = Annotated[str, typer.Option(metavar="2,4,8", help="Of the adapters.")]
-Scopes = Annotated[str, typer.Option(metavar="A,B",
-    help="What adapters are made for: weight, linear, block, model.")]  # fmt: skip
-Updates = Annotated[int | None, typer.Option(metavar="N",
-    help="Of every training. [default: rilq's]")]  # fmt: skip
-Seed = Annotated[int, typer.Option(metavar="N", help="Of every run.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The analysis as JSON, to FILE or standard output.")]  # fmt: skip
+Base = option(str, "R", "A recipe that quantizes alone.")
+Ranks = option(str, "2,4,8", "Of the adapters.")
+Scopes = option(str, "A,B", "What adapters are made for: weight, linear, block, model.")
+Updates = option(int | None, "N", "Of every training. [default: rilq's]")
+Seed = option(int, "N", "Of every run.")
+Json = json_of("The analysis")
 
 app = typer.Typer(help="Why a model is hard to compress.", rich_markup_mode=None)
 
@@ -42,11 +41,11 @@ def _options() -> None:
 
 @app.command("rank")
 def rank(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
+    model: DenseModel,
     *,
     calib: Calib,
-    text: Text,
-    out: Out,
+    text: ScoredText,
+    out: FolderOut,
     base: Base = "rtn(bits=2, group_size=64)",
     ranks: Ranks = "2,4,8,16,32",
     scopes: Scopes = "weight,linear,block,model",
@@ -58,7 +57,7 @@ def rank(
     protocol: Protocol = "documents",
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    resume: Resume = False,
+    resume: ResumeRows = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:

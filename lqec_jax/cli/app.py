@@ -21,13 +21,13 @@ from lqec_jax.cli.generate import generate
 from lqec_jax.cli.inspect import inspect
 from lqec_jax.cli.methods import methods
 from lqec_jax.cli.plan import plan
-from lqec_jax.errors import CheckFailed, InputError
+from lqec_jax.errors import CheckFailed, InputError, shorten
 
 # click's error of usage, of which typer carries a copy.
 USAGE_ERROR = typer.BadParameter.__base__
 # What a disk or its owner refuses: nothing the program did wrong.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
-        errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP}  # fmt: skip
+        errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.EIO}  # fmt: skip
 TRACEBACK = "LQEC_TRACEBACK"
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -125,4 +125,4 @@ def _print_line(text: str) -> None:
     """Prints to stderr as one line, whatever a file name or another's message holds."""
     words = " ".join(text.split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    print(shown, file=sys.stderr)
+    print(shorten(shown), file=sys.stderr)

@@ -3,48 +3,41 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from lqec_jax.cli.options import (
+    Calib,
+    DenseModel,
+    Dtype,
+    FolderOut,
+    Protocol,
+    ResumeRows,
+    ScoredText,
+    Seqlen,
+    TextWindows,
+    ValRatio,
+    Windows,
+    flag,
+    json_of,
+    option,
+)
 from lqec_jax.errors import InputError
 
-Recipes = Annotated[list[str], typer.Option("--recipe", metavar="R",
-    help="A row of the table; may be repeated.")]  # fmt: skip
-Calib = Annotated[str, typer.Option(metavar="TEXT",
-    help="Calibration text: .txt, .jsonl, .parquet, a .npy of token ids, or hf:NAME.")]  # fmt: skip
-Text = Annotated[str, typer.Option(metavar="FILE", help="What every row is scored on.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
-Bits = Annotated[str | None, typer.Option(metavar="2,3,4",
-    help="A row for each, in place of the bits= that a recipe writes.")]  # fmt: skip
-Ranks = Annotated[str | None, typer.Option(metavar="4,16",
-    help="A row for each, in place of the rank= that a recipe writes.")]  # fmt: skip
-Seeds = Annotated[list[int] | None, typer.Option("--seed", metavar="N",
-    help="May be repeated: a row for each. [default: 0]")]  # fmt: skip
-Seqlen = Annotated[int, typer.Option(metavar="N", help="Tokens of a window, of both texts.")]
-Windows = Annotated[int, typer.Option(metavar="N", help="How many of --calib are read.")]
-ValRatio = Annotated[float, typer.Option(metavar="X",
-    help="Of them, the fraction for validation.")]  # fmt: skip
-TextWindows = Annotated[int | None, typer.Option(metavar="N",
-    help="Only the first so many of --text.")]  # fmt: skip
-Protocol = Annotated[str, typer.Option(metavar="P",
-    help="How documents of --text become windows: documents or gptq.")]  # fmt: skip
-Dtype = Annotated[str, typer.Option(metavar="D",
-    help="Of activations: float32, bfloat16 or auto.")]  # fmt: skip
-Resume = Annotated[bool, typer.Option("--resume",
-    help="Go on with the comparison at DIR; recipes may be added.")]  # fmt: skip
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The rows as JSON, to FILE or standard output.")]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+Recipes = option(list[str], "R", "A row of the table; may be repeated.")
+Bits = option(str | None, "2,3,4", "A row for each, in place of the bits= that a recipe writes.")
+Ranks = option(str | None, "4,16", "A row for each, in place of the rank= that a recipe writes.")
+Seeds = option(list[int] | None, "N", "May be repeated: a row for each. [default: 0]")
+Json = json_of("The rows")
+Quiet = flag("--quiet", "No progress, no table.", "-q")
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
+    model: DenseModel,
     *,
     recipe: Recipes,
     calib: Calib,
-    text: Text,
-    out: Out,
+    text: ScoredText,
+    out: FolderOut,
     bits: Bits = None,
     ranks: Ranks = None,
     seed: Seeds = None,
@@ -54,7 +47,7 @@ def compare(
     text_windows: TextWindows = None,
     protocol: Protocol = "documents",
     dtype: Dtype = "auto",
-    resume: Resume = False,
+    resume: ResumeRows = False,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:

@@ -4,49 +4,54 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from lqec_jax.cli.options import (
+    TEXTS,
+    ArtifactOut,
+    DenseModel,
+    Overwrite,
+    Quiet,
+    ReportJson,
+    Resume,
+    flag,
+    option,
+)
 from lqec_jax.errors import InputError
 
-Text = Annotated[str | None, typer.Option("--calib", metavar="TEXT",
-    help="Calibration text: .txt, .jsonl, .parquet, a .npy of token ids, or hf:NAME.")]  # fmt: skip
-RecipeText = Annotated[str | None, typer.Option("--recipe", metavar="R",
-    help='What to do, e.g. "rtn(bits=2, group_size=64) | rilq(rank=16)".')]  # fmt: skip
-Seqlen = Annotated[int | None, typer.Option(metavar="N",
-    help="Tokens of a calibration window. [default: 512]")]  # fmt: skip
-Windows = Annotated[int | None, typer.Option(metavar="N",
-    help="How many windows are read. [default: 320]")]  # fmt: skip
-ValRatio = Annotated[float | None, typer.Option(metavar="X",
-    help="Of them, the fraction for validation. [default: 0.2]")]  # fmt: skip
-Seed = Annotated[int | None, typer.Option(metavar="N", help="[default: 0]")]
-Dtype = Annotated[str | None, typer.Option(metavar="D",
-    help="Of activations: float32, bfloat16 or auto. [default: auto]")]  # fmt: skip
-Mesh = Annotated[str | None, typer.Option(metavar="data=2,model=4",
-    help="Devices, or cores of a CPU, to split the work over. [default: one]")]  # fmt: skip
-Eval = Annotated[str | None, typer.Option("--eval", metavar="TEXT",
-    help="What the stages are scored on. [default: the validation windows]")]  # fmt: skip
-Config = Annotated[str | None, typer.Option(metavar="FILE",
-    help="YAML with any of these settings; flags win over it.")]  # fmt: skip
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C",
-    help="Changes one setting, after the file and the flags; may be repeated.")]  # fmt: skip
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite",
-    help="Replace the artifact at OUT, or an unfinished run to it.")]  # fmt: skip
-DryRun = Annotated[bool, typer.Option("--dry-run",
-    help="Check everything and print the sizes; write nothing.")]  # fmt: skip
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The report as JSON, to FILE or standard output.")]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Calib = option(str | None, "TEXT", f"Calibration text: {TEXTS}")
+RecipeText = option(
+    str | None, "R", 'What to do, e.g. "rtn(bits=2, group_size=64) | rilq(rank=16)".'
+)
+Seqlen = option(int | None, "N", "Tokens of a calibration window. [default: 512]")
+Windows = option(int | None, "N", "How many windows are read. [default: 320]")
+ValRatio = option(float | None, "X", "Of them, the fraction for validation. [default: 0.2]")
+Seed = option(int | None, "N", "[default: 0]")
+Dtype = option(str | None, "D", "Of activations: float32, bfloat16 or auto. [default: auto]")
+Mesh = option(
+    str | None,
+    "data=2,model=4",
+    "Devices, or cores of a CPU, to split the work over. [default: one]",
+)
+Eval = option(
+    str | None, "TEXT", "What the stages are scored on. [default: the validation windows]"
+)
+Config = option(str | None, "FILE", "YAML with any of these settings; flags win over it.")
+Settings = option(
+    list[str] | None,
+    "A.B=C",
+    "Changes one setting, after the file and the flags; may be repeated.",
+    "--set",
+)
+DryRun = flag("--dry-run", "Check everything and print the sizes; write nothing.")
 
 
 def compress(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="The artifact folder to write.")],
+    model: DenseModel,
+    out: ArtifactOut,
     *,
     recipe: RecipeText = None,
-    calib: Text = None,
+    calib: Calib = None,
     seqlen: Seqlen = None,
     windows: Windows = None,
     val_ratio: ValRatio = None,
@@ -59,7 +64,7 @@ def compress(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
-    json: Json = None,
+    json: ReportJson = None,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model by a recipe into an artifact folder."""

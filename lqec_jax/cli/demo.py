@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import NumbersJson, Quiet, flag, option
 
-Out = Annotated[Path, typer.Option(metavar="DIR",
-    help="The folder to write: numbers, a plot, the compressed model.")]  # fmt: skip
-Seed = Annotated[int, typer.Option(metavar="N", help="Of RILQ's training and the sample texts.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo at DIR.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The numbers as JSON, to FILE or standard output.")]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Out = option(Path, "DIR", "The folder to write: numbers, a plot, the compressed model.")
+Seed = option(int, "N", "Of RILQ's training and the sample texts.")
+Overwrite = flag("--overwrite", "Replace an earlier demo at DIR.")
 
 
 def demo(
@@ -20,7 +16,7 @@ def demo(
     out: Out = Path("lqec-demo"),
     seed: Seed = 0,
     overwrite: Overwrite = False,
-    json: Json = None,
+    json: NumbersJson = None,
     quiet: Quiet = False,
 ) -> None:
     """Round a small model to 2 bits and bring it back; minutes on two cores, no network."""

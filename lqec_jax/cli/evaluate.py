@@ -1,35 +1,30 @@
 """`lqec eval`: perplexity, and the distance to a teacher."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import TEXTS, AnyModel, Dtype, NumbersJson, flag, option
 
-Text = Annotated[str, typer.Option("--text", metavar="FILE",
-    help=".txt, .jsonl, .parquet, a .npy of token ids, or hf:NAME.")]  # fmt: skip
-Seqlen = Annotated[int, typer.Option(metavar="N", help="Tokens of a window, each fed alone.")]
-Windows = Annotated[int | None, typer.Option(metavar="N", help="Only the first so many windows.")]
-Protocol = Annotated[str, typer.Option(metavar="P",
-    help="How documents become windows: documents or gptq.")]  # fmt: skip
-Against = Annotated[str | None, typer.Option(metavar="TEACHER",
-    help="Also KL(teacher || model) and how often their first choices agree.")]  # fmt: skip
-Dtype = Annotated[str, typer.Option(metavar="D",
-    help="Of activations: float32, bfloat16 or auto.")]  # fmt: skip
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The numbers as JSON, to FILE or standard output.")]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+ScoredText = option(str, "FILE", TEXTS)
+Seqlen = option(int, "N", "Tokens of a window, each fed alone.")
+Windows = option(int | None, "N", "Only the first so many windows.")
+Protocol = option(str, "P", "How documents become windows: documents or gptq.")
+Against = option(
+    str | None, "TEACHER", "Also KL(teacher || model) and how often their first choices agree."
+)
+Quiet = flag("--quiet", "No progress.", "-q")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, hub id or artifact.")],
+    model: AnyModel,
     *,
-    text: Text,
+    text: ScoredText,
     seqlen: Seqlen,
     windows: Windows = None,
     protocol: Protocol = "documents",
     against: Against = None,
     dtype: Dtype = "auto",
-    json: Json = None,
+    json: NumbersJson = None,
     quiet: Quiet = False,
 ) -> None:
     """Score a model on a text: perplexity, and its distance to a teacher."""
@@ -39,18 +34,18 @@ def evaluate(
     check_json(json)
     from lqec_jax import api
     from lqec_jax.evaluate.report import make_finite
-    from lqec_jax.runs.job import read_windows
+    from lqec_jax.runs.text import read_windows
 
-    row = {"model": model, "text": text, "against": against}
+    row, notes = {"model": model, "text": text, "against": against}, []
     with reporting(quiet) as reporter:
         student = api.load(model, dtype)
-        tokens, protocol = read_windows(student, text, seqlen, windows, protocol)
+        tokens, protocol = read_windows(student, text, seqlen, windows, protocol, notes.append)
         options = {"protocol": protocol, "reporter": reporter}
         if against is not None:
             distance = api.divergence(student, api.load(against, dtype), tokens, seqlen, **options)
             row |= {"kl": distance.kl, "top1": distance.top1}
         row |= vars(api.perplexity(student, tokens, seqlen, **options))
-    row = make_finite(row | _circumstances(student))
+    row = make_finite(row | _circumstances(student) | ({"notes": notes} if notes else {}))
     if json is not None:
         write_json(json, row)
     if json != STDOUT:
@@ -80,3 +75,5 @@ def _print_score(row: Mapping[str, Any]) -> None:
             f"against {row['against']}: KL {format_number(row['kl'], 6)} nats per token, the same "
             f"first choice at {format_number(row['top1'])} of the tokens"
         )
+    for note in row.get("notes", ()):
+        print_line(note)

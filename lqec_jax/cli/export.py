@@ -1,28 +1,33 @@
 """`lqec export`: a model for other tools; `lqec verify`: whether it is what it stands for."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from lqec_jax.cli.options import NumbersJson, argument, flag, option
+from lqec_jax.io.exports.table import FORMATS
 
-Format = Annotated[str, typer.Option("--format", metavar="F",
-    help="hf, peft, gptq, compressed-tensors or flax.")]  # fmt: skip
-BaseOnly = Annotated[bool, typer.Option("--base-only",
-    help="Leave out the adapters, which --format peft writes beside it.")]  # fmt: skip
-Dtype = Annotated[str, typer.Option(metavar="D",
-    help="Of floating tensors: float32, bfloat16, float16; auto rounds nothing.")]  # fmt: skip
-GptqVersion = Annotated[int | None, typer.Option(metavar="1|2",
-    help="gptq: 1 stores zeros less one, 2 as they are. [default: 1]")]  # fmt: skip
-Base = Annotated[Path | None, typer.Option(metavar="FOLDER",
-    help="peft: the exported base of the adapter; checked, and named in its config.")]  # fmt: skip
-Dense = Annotated[bool, typer.Option("--dense", help="flax: unpack the weights.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The numbers as JSON, to FILE or standard output.")]  # fmt: skip
+Format = option(str, "F", f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}.")
+BaseOnly = flag("--base-only", "Leave out the adapters, which --format peft writes beside it.")
+Dtype = option(str, "D", "Of floating tensors: float32, bfloat16, float16; auto rounds nothing.")
+GptqVersion = option(
+    int | None, "1|2", "gptq: 1 stores zeros less one, 2 as they are. [default: 1]"
+)
+Base = option(
+    Path | None,
+    "FOLDER",
+    "peft: the exported base of the adapter; checked, and named in its config.",
+)
+Dense = flag("--dense", "flax: unpack the weights.")
+Model = argument(str, "An artifact, a Hugging Face folder or hub id.")
+NewFolder = argument(Path, "The folder to write; it must not exist.")
+Exported = argument(Path, "A folder that lqec export wrote.")
+Against = option(
+    str | None, "MODEL", "The model it was written from. [default: the one that it names]"
+)
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="An artifact, a Hugging Face folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    model: Model,
+    out: NewFolder,
     *,
     format: Format,
     base_only: BaseOnly = False,
@@ -43,12 +48,11 @@ def export(
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="A folder that lqec export wrote.")],
+    out: Exported,
     *,
-    against: Annotated[str | None, typer.Option(metavar="MODEL",
-        help="The model it was written from. [default: the one that it names]")] = None,
-    json: Json = None,
-) -> None:  # fmt: skip
+    against: Against = None,
+    json: NumbersJson = None,
+) -> None:
     """Read an export back and compare its weights and logits with the model's."""
     from lqec_jax.cli.printing import STDOUT, check_json, print_line, write_json
 

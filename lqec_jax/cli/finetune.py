@@ -2,55 +2,56 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import (
+    ArtifactOut,
+    Dtype,
+    Overwrite,
+    Quiet,
+    ReportJson,
+    Resume,
+    argument,
+    option,
+)
 
-Data = Annotated[str, typer.Option("--data", metavar="FILE.jsonl",
-    help='Rows {"text": ...}, all of it learned, or {"prompt": ..., "completion": ...}, '
-    "of which the completion is.")]  # fmt: skip
-Val = Annotated[str | None, typer.Option("--val", metavar="FILE.jsonl",
-    help="Rows to look at. [default: the last tenth of --data]")]  # fmt: skip
-ValRatio = Annotated[float, typer.Option(metavar="X", help="Their share of --data.")]
-Seqlen = Annotated[int | None, typer.Option(metavar="N",
-    help="Longest row in tokens; what is longer loses its end. [default: 512]")]  # fmt: skip
-Train = Annotated[str, typer.Option("--train", metavar="WHAT",
-    help="adapters, adapters+norms, adapters+rest or scales.")]  # fmt: skip
-Rank = Annotated[str | None, typer.Option(metavar="R",
-    help="Of new adapters, where the model has none: 16, or a fraction as 0.1.")]  # fmt: skip
-Epochs = Annotated[float | None, typer.Option(metavar="X",
-    help="Passes over the rows. [default: 3]")]  # fmt: skip
-Updates = Annotated[int | None, typer.Option(metavar="N", help="In place of --epochs.")]
-Batch = Annotated[int | None, typer.Option(metavar="N", help="Rows an update. [default: 8]")]
-Lr = Annotated[float | None, typer.Option("--lr", metavar="X",
-    help="The highest learning rate. [default: 0.256 over the model's width]")]  # fmt: skip
-Warmup = Annotated[float | None, typer.Option(metavar="X",
-    help="Share of the updates in which it rises. [default: 0.05]")]  # fmt: skip
-Decay = Annotated[str | None, typer.Option(metavar="D",
-    help="cosine, linear or constant. [default: cosine]")]  # fmt: skip
-Optimizer = Annotated[str | None, typer.Option(metavar="O",
-    help="adamw, adam or adafactor. [default: adamw]")]  # fmt: skip
-WeightDecay = Annotated[float | None, typer.Option(metavar="X", help="[default: 0]")]
-Patience = Annotated[int | None, typer.Option(metavar="N",
-    help="Stops after so many looks without a new best; 0 never does. [default: 5]")]  # fmt: skip
-EvalEvery = Annotated[int | None, typer.Option(metavar="N",
-    help="Updates between two looks. [default: a twentieth of them]")]  # fmt: skip
-Preset = Annotated[str | None, typer.Option(metavar="P",
-    help="slim: its authors' settings, Adafactor, 469 updates of 64. [default: ours]")]  # fmt: skip
-Seed = Annotated[int, typer.Option(metavar="N")]
-Dtype = Annotated[str, typer.Option(metavar="D",
-    help="Of activations: float32, bfloat16 or auto.")]  # fmt: skip
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite",
-    help="Replace the artifact at OUT, or an unfinished run to it.")]  # fmt: skip
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The report as JSON, to FILE or standard output.")]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Artifact = argument(str, "An artifact, as `lqec compress` writes it.")
+Data = option(
+    str,
+    "FILE.jsonl",
+    'Rows {"text": ...}, all of it learned, or {"prompt": ..., "completion": ...}, of which the '
+    "completion is.",
+)
+Val = option(str | None, "FILE.jsonl", "Rows to look at. [default: the last tenth of --data]")
+ValRatio = option(float, "X", "Their share of --data.")
+Seqlen = option(
+    int | None, "N", "Longest row in tokens; what is longer loses its end. [default: 512]"
+)
+Train = option(str, "WHAT", "adapters, adapters+norms, adapters+rest or scales.")
+Rank = option(
+    str | None, "R", "Of new adapters, where the model has none: 16, or a fraction as 0.1."
+)
+Epochs = option(float | None, "X", "Passes over the rows. [default: 3]")
+Updates = option(int | None, "N", "In place of --epochs.")
+Batch = option(int | None, "N", "Rows an update. [default: 8]")
+Lr = option(float | None, "X", "The highest learning rate. [default: 0.256 over the model's width]")
+Warmup = option(float | None, "X", "Share of the updates in which it rises. [default: 0.05]")
+Decay = option(str | None, "D", "cosine, linear or constant. [default: cosine]")
+Optimizer = option(str | None, "O", "adamw, adam or adafactor. [default: adamw]")
+WeightDecay = option(float | None, "X", "[default: 0]")
+Patience = option(
+    int | None, "N", "Stops after so many looks without a new best; 0 never does. [default: 5]"
+)
+EvalEvery = option(int | None, "N", "Updates between two looks. [default: a twentieth of them]")
+Preset = option(
+    str | None, "P", "slim: its authors' settings, Adafactor, 469 updates of 64. [default: ours]"
+)
+Seed = option(int, "N")
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="An artifact, as `lqec compress` writes it.")],
-    out: Annotated[Path, typer.Argument(help="The artifact folder to write.")],
+    model: Artifact,
+    out: ArtifactOut,
     *,
     data: Data,
     val: Val = None,
@@ -73,7 +74,7 @@ def finetune(
     dtype: Dtype = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
-    json: Json = None,
+    json: ReportJson = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a compressed model's adapters, or its scales, on examples; the base stays packed.

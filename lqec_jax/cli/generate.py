@@ -2,28 +2,20 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Annotated
 
-import typer
+from lqec_jax.cli.options import AnyModel, Dtype, flag, json_of, option
 
-Prompt = Annotated[str, typer.Option(metavar="TEXT", help="What the model continues.")]
-MaxNewTokens = Annotated[int, typer.Option(metavar="N",
-    help="At most so many tokens; it ends before at the model's end token.")]  # fmt: skip
-Temperature = Annotated[float, typer.Option(metavar="T",
-    help="0 takes the likeliest token, 1 samples as the model says.")]  # fmt: skip
-TopP = Annotated[float, typer.Option(metavar="P",
-    help="Sample from the likeliest tokens that reach this probability together.")]  # fmt: skip
-Seed = Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")]
-Chat = Annotated[bool, typer.Option("--chat",
-    help="The prompt is a user's message: put the model's chat template around it.")]  # fmt: skip
-Dtype = Annotated[str, typer.Option(metavar="D",
-    help="Of activations: float32, bfloat16 or auto.")]  # fmt: skip
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The text and what made it as JSON, to FILE or standard output.")]  # fmt: skip
+Prompt = option(str, "TEXT", "What the model continues.")
+MaxNewTokens = option(int, "N", "At most so many tokens; it ends before at the model's end token.")
+Temperature = option(float, "T", "0 takes the likeliest token, 1 samples as the model says.")
+TopP = option(float, "P", "Sample from the likeliest tokens that reach this probability together.")
+Seed = option(int, "N", "The same seed gives the same text.")
+Chat = flag("--chat", "The prompt is a user's message: put the model's chat template around it.")
+Json = json_of("The text and what made it")
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, hub id or artifact.")],
+    model: AnyModel,
     *,
     prompt: Prompt,
     max_new_tokens: MaxNewTokens = 64,
@@ -39,13 +31,15 @@ def generate(
 
     check_json(json)
     from lqec_jax import api
-    from lqec_jax.evaluate.generate import stream_text
+    from lqec_jax.evaluate.generate import brings_bos, stream_text
 
     writer = api.repack(api.load(model, dtype))
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                "seed": seed}  # fmt: skip
     said = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = stream_text(writer, said, **options)
+    if brings_bos(writer, said):
+        print("the prompt brings its own BOS; it gets no second", file=sys.stderr)
     text = "".join(pieces) if json == STDOUT else _print_stream(pieces)
     if json is not None:
         row = {"model": model, "recipe": writer.recipe, "prompt": prompt, "chat": chat}

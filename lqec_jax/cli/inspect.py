@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import argument, json_of
 
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The same as JSON, to FILE or standard output.")]  # fmt: skip
+AnyFolder = argument(str, "A model folder, an artifact, or an OUT.partial.")
+Json = json_of("The same")
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A model folder, an artifact, or an OUT.partial.")],
+    path: AnyFolder,
     *,
     json: Json = None,
 ) -> None:
@@ -32,7 +32,7 @@ def describe(path: str) -> dict[str, Any]:
     Raises:
       InputError: it is none of these, or damaged.
     """
-    from lqec_jax.io.artifact.artifact import is_artifact
+    from lqec_jax.io.sources.source import open_folder
     from lqec_jax.runs.folder import STATE, partial_folder
 
     folder = Path(path)
@@ -40,23 +40,22 @@ def describe(path: str) -> dict[str, Any]:
         folder = partial_folder(folder)
     if (folder / STATE).is_file():
         return _describe_run(folder)
-    return _describe_artifact(folder) if is_artifact(folder) else _describe_dense(path)
+    found = open_folder(path)
+    return _describe_artifact(found.folder) if found.kind == "artifact" else _describe_dense(found)
 
 
-def _describe_dense(path: str) -> dict[str, Any]:
-    from lqec_jax.io.sources.hf import Checkpoint, check_tensors
-    from lqec_jax.models import families
+def _describe_dense(found) -> dict[str, Any]:
+    from lqec_jax.core.sites import kernel_path
+    from lqec_jax.io.sources.source import open_dense
+    from lqec_jax.models.parameters import linear_sites
 
-    checkpoint = Checkpoint.open(path)
-    config = families.read_config(checkpoint.config)
-    family = families.family(config.family)
-    check_tensors(checkpoint, family, config)
+    checkpoint, config, family = open_dense(found)
     tensors = family.block_tensors(config)
     layers = range(config.layers)
     linears = [
         row
-        for path in _kernels(config)
-        for row in _rows(path, [_stored(checkpoint, tensors[path], layer) for layer in layers])
+        for path, tensor in ((s.path, tensors[kernel_path(s)]) for s in linear_sites(config))
+        for row in _rows(path, [_stored(checkpoint, tensor, layer) for layer in layers])
     ]
     return {"kind": "dense", **_model(config, checkpoint), "linears": linears}
 
@@ -70,17 +69,19 @@ def _stored(checkpoint, tensor, layer: int) -> Any:
 
 
 def _describe_artifact(folder: Path) -> dict[str, Any]:
-    from lqec_jax.core.tree import get_at
+    from lqec_jax.core import sites
     from lqec_jax.io.artifact.artifact import REPORT, load_shapes
-    from lqec_jax.io.sources.hf import read_json
+    from lqec_jax.io.files import read_json
+    from lqec_jax.models.parameters import linear_sites
 
     meta, checkpoint, config, tree = load_shapes(folder)
     linears = [
         row
-        for path in _kernels(config)
-        for row in _rows(path, [get_at(block, path) for block in tree["blocks"]])
+        for site in linear_sites(config)
+        for row in _rows(site.path, [sites.get(block, site) for block in tree["blocks"]])
     ]
     weights = sum(row["count"] * row["d_in"] * row["d_out"] for row in linears)
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     return {
         "kind": "artifact",
         **_model(config, checkpoint),
@@ -90,7 +91,8 @@ def _describe_artifact(folder: Path) -> dict[str, Any]:
         "versions": meta.get("versions", {}),
         "bits_per_weight": 8 * sum(row["stored_bytes"] for row in linears) / weights,
         "linears": linears,
-        "stages": _stages(read_json(folder / REPORT) if (folder / REPORT).is_file() else {}),
+        "stages": _stages(report),
+        "data": [fit["data"]["file"] for fit in report.get("fits", []) if "data" in fit],
     }
 
 
@@ -138,14 +140,6 @@ def _parameters(config) -> int:
     return outer + config.layers * block
 
 
-def _kernels(config) -> list[str]:
-    """Returns the paths of a block's linears, 'attn/q/kernel'."""
-    from lqec_jax.models import families
-
-    shapes = families.family(config.family).block_shapes(config)
-    return [path for path in shapes if path.endswith("/kernel")]
-
-
 def _rows(path: str, weights: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns one row for each make of one linear over the blocks, most often just one."""
     from lqec_jax.core.tree import is_compressed
@@ -158,7 +152,7 @@ def _rows(path: str, weights: Sequence[Any]) -> list[dict[str, Any]]:
         makes.setdefault((name_format(leaf), leaf.stored_bits()), []).append(leaf)
     return [
         {
-            "path": path.removesuffix("/kernel"),
+            "path": path,
             "count": len(same),
             "d_in": same[0].d_in,
             "d_out": same[0].d_out,
@@ -189,6 +183,8 @@ def _print_artifact(facts: Mapping[str, Any]) -> None:
     print_linears(facts["linears"])
     print_line(f"{facts['bits_per_weight']:.4f} bits per weight")
     print_line(f"recipe: {facts['recipe']}")
+    for name in facts["data"]:
+        print_line(f"finetune: on the rows of {name}, not on a calibration text")
     print_line(f"seed {facts['seed']}, made from {facts['base_fingerprint']}")
     print_stages(facts["stages"])
 

@@ -1,10 +1,8 @@
 """`lqec methods`: the table of methods, or all that one of them says of itself."""
 
-from typing import Annotated
+from lqec_jax.cli.options import argument
 
-import typer
-
-Name = Annotated[str | None, typer.Argument(help="One method: its idea, arguments and defaults.")]
+Name = argument(str | None, "One method: its idea, arguments and defaults.")
 
 
 def methods(name: Name = None) -> None:

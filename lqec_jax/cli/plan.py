@@ -1,25 +1,27 @@
 """`lqec plan`: what a compression will take, from config.json and file headers alone."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from lqec_jax.cli.options import argument, json_of, option
 
-Recipe = Annotated[str, typer.Option(metavar="R", help="As for compress.")]
-Seqlen = Annotated[int, typer.Option(metavar="N", help="Tokens of a calibration window.")]
-Windows = Annotated[int, typer.Option(metavar="N", help="Calibration windows.")]
-ValRatio = Annotated[float, typer.Option(metavar="X", help="Of them, for validation.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="[FILE]",
-    help="The plan as JSON, to FILE or standard output.")]  # fmt: skip
+Model = argument(str, "A folder, weights in it or not, or a hub id.")
+RecipeText = option(str, "R", "As for compress.")
+Seqlen = option(int, "N", "Tokens of a calibration window.")
+Windows = option(int, "N", "Calibration windows.")
+ValRatio = option(float, "X", "Of them, for validation.")
+Paper = option(str | None, "P", "Also that paper's accounting of the model: int2.1.")
+Json = json_of("The plan")
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder, weights in it or not, or a hub id.")],
+    model: Model,
     *,
-    recipe: Recipe,
+    recipe: RecipeText,
     seqlen: Seqlen = 512,
     windows: Windows = 320,
     val_ratio: ValRatio = 0.2,
+    paper: Paper = None,
     json: Json = None,
 ) -> None:
     """Say what a compression will take, and which machines hold it."""
@@ -28,7 +30,9 @@ def plan(
     check_json(json)
     from lqec_jax.planning.plan import plan as make_plan
 
-    facts = make_plan(model, recipe, seqlen=seqlen, windows=windows, val_ratio=val_ratio)
+    facts = make_plan(
+        model, recipe, seqlen=seqlen, windows=windows, val_ratio=val_ratio, paper=paper
+    )
     if json is not None:
         write_json(json, facts)
     if json != STDOUT:
@@ -55,43 +59,46 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     _print_here(facts)
     print_line()
     _print_machines(facts["machines"])
-    print_line()
-    _print_int21(facts)
+    if "int21" in facts:
+        print_line()
+        _print_int21(facts)
 
 
 def _print_here(facts: Mapping[str, Any]) -> None:
-    from lqec_jax.cli.printing import print_line, print_table
+    from lqec_jax.cli.printing import format_size, print_line, print_table
 
     here = facts["here"]
     rows = [
-        (phase["name"], where, part, _giga(size))
+        (phase["name"], where, part, format_size(size))
         for phase in here["phases"]
         for where in ("host", "device")
         for part, size in phase[where].items()
+        if size
     ]
-    print_table(("phase", "where", "part", "GB"), rows, right=1)
+    print_table(("phase", "where", "part", "size"), rows, right=1)
     together = " (host and device are one memory)" if here["device_peak_bytes"] is None else ""
-    device = "" if together else f", device {_giga(here['device_peak_bytes'])} GB"
+    device = "" if together else f", device {format_size(here['device_peak_bytes'])}"
     print_line(
-        f"estimated peaks here, on {here['backend']}: host {_giga(here['host_peak_bytes'])} GB"
-        f"{device}{together}; OUT.partial holds {_giga(facts['run_bytes'])} GB"
+        f"estimated peaks here, on {here['backend']}: host {format_size(here['host_peak_bytes'])}"
+        f"{device}{together}; OUT.partial holds {format_size(facts['run_bytes'])}"
     )
 
 
 def _print_machines(machines: list[Mapping[str, Any]]) -> None:
-    from lqec_jax.cli.printing import print_line, print_table
+    from lqec_jax.cli.printing import format_size, print_line, print_table
 
     rows = [
         (
             machine["name"],
             "fits" if machine["fits"] else f"does not fit; would: {machine['change']}",
-            f"{_giga(machine['host_peak_bytes'])} of {_giga(machine['host_bytes'])}",
-            f"{_giga(machine['device_peak_bytes'])} of {_giga(machine['device_bytes'])}",
+            f"{format_size(machine['host_peak_bytes'])} of {format_size(machine['host_bytes'])}",
+            f"{format_size(machine['device_peak_bytes'])} of "
+            f"{format_size(machine['device_bytes'])}",
             _time(machine["seconds"]),
         )
         for machine in machines
     ]
-    print_table(("machine", "", "host GB", "device GB", "passes"), rows, right=3)
+    print_table(("machine", "", "host", "device", "passes"), rows, right=3)
     print_line(
         "estimates: memory within a fifth on the CPU it was measured on, host memory beside an "
         "accelerator assumed; time at 35% of the peak arithmetic, quantizing not counted"
@@ -99,31 +106,28 @@ def _print_machines(machines: list[Mapping[str, Any]]) -> None:
 
 
 def _print_int21(facts: Mapping[str, Any]) -> None:
-    from lqec_jax.cli.printing import print_line
+    from lqec_jax.cli.printing import format_size, print_line
 
     theirs = facts["int21"]
     print_line(
         f"INT2.1's layout of this model ({theirs['bits']} bits, groups of {theirs['group_size']}, "
-        f"rank {theirs['rank']}): {_giga(theirs['base_bytes'])} GB, with adapters x "
+        f"rank {theirs['rank']}): {format_size(theirs['base_bytes'])}, with adapters x "
         f"{theirs['overhead']:.3f} (x {theirs['overhead_without_down']:.3f} without those of the "
         f"down projections; the paper's name says x {theirs['paper']['overhead']}); this recipe's "
-        f"whole artifact: {_giga(facts['file_bytes'])} GB"
+        f"whole artifact: {format_size(facts['file_bytes'])}"
     )
     training, paper = theirs["training"], theirs["paper"]
+    dense16, dense32 = (format_size(training[f"dense{bits}_bytes"]) for bits in (16, 32))
     print_line(
         f"INT2.1's fine-tuning of it (adapters of rank {training['rank']} on "
         f"{' and '.join(training['linears'])}, one window of {training['tokens']} tokens, blocks "
-        f"recomputed), estimated: {_giga(training['packed_bytes'])} GB, "
-        f"{training['saving']:.1f} times less than the {_giga(training['dense16_bytes'])} GB over "
-        f"16-bit weights and {training['saving_from_32']:.1f} times less than the "
-        f"{_giga(training['dense32_bytes'])} GB over 32-bit ones; the paper's figures, of "
-        f"LLaMA-7B: {_giga(paper['packed_bytes'])} GB and {paper['saving']} times, so "
-        f"{_giga(round(paper['packed_bytes'] * paper['saving']))} GB before"
+        f"recomputed), estimated: {format_size(training['packed_bytes'])}, "
+        f"{training['saving']:.1f} times less than the {dense16} over 16-bit weights and "
+        f"{training['saving_from_32']:.1f} times less than the {dense32} over 32-bit ones; the "
+        f"paper's figures, of LLaMA-7B: {format_size(paper['packed_bytes'])} and "
+        f"{paper['saving']} times, so "
+        f"{format_size(round(paper['packed_bytes'] * paper['saving']))} before"
     )
-
-
-def _giga(size: int) -> str:
-    return f"{size / 1e9:.2f}"
 
 
 def _time(seconds: float) -> str:

@@ -92,12 +92,18 @@ def write_json(where: str, value: Any) -> None:
         Path(where).write_text(text)
 
 
-def format_bytes(count: int) -> str:
-    """Writes a size with its exact number of bytes: '1.50 MB (1500000 bytes)'."""
+def format_size(count: int) -> str:
+    """Writes a size in the unit that fits it: '1.50 MB'."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            return f"{count / size:.2f} {unit} ({count} bytes)"
+            return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
+
+
+def format_bytes(count: int) -> str:
+    """Writes a size with its exact number of bytes: '1.50 MB (1500000 bytes)'."""
+    size = format_size(count)
+    return size if size.endswith(" bytes") else f"{size} ({count} bytes)"
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -29,7 +29,7 @@ from lqec_jax.core.corrections import (
     requantize,
     store,
 )
-from lqec_jax.core.types import LinearProblem, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStep, output_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import CompressedLinear
 
@@ -61,10 +61,10 @@ def aser(
     *,
     rank: int | float = 64,
     cumulative: float = 0.9,
-    quantizer: Step | None = None,
+    quantizer: LinearStep | None = None,
     outliers: int | None = None,
     dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step of `qera` that keeps no more components than a rule asks for.
 
     The rank is reported where it is below the largest. Components beyond it are zero and are
@@ -104,7 +104,7 @@ def aser(
     return step if quantizer is None else _smooth_first(step, quantizer, outliers)
 
 
-def _smooth_first(corrected: Step, quantizer: Step, outliers: int | None) -> Step:
+def _smooth_first(corrected: LinearStep, quantizer: LinearStep, outliers: int | None) -> LinearStep:
     """Makes the step that smooths, quantizes, and then corrects."""
     check_quantizer("aser", quantizer)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.closed_form import complete, reduce_rank
 from lqec_jax.core.corrections import keep_best, make_correction, store
-from lqec_jax.core.types import LinearProblem, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStep, output_error
 from lqec_kernels.adapters import QuantizedLowRank, round_columns
 
 REFERENCE = "closed form"
@@ -67,7 +67,7 @@ def _count_left(error, gram, a, b) -> jax.Array:
 
 def caldera(
     *,
-    quantizer: Step | None = None,
+    quantizer: LinearStep | None = None,
     rank: int | float = 64,
     factor_bits: int | None = None,
     factor_group_size: int | None = 128,
@@ -76,7 +76,7 @@ def caldera(
     first: str = "factors",
     keep: str = "best",
     dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base and adds factors, each for the least output error.
 
     Args:

@@ -16,7 +16,7 @@ import jax
 
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.corrections import make_correction, store
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 
 REFERENCE = "closed form"
 ALONE = "quantizer: none was given, so the base stayed and this was one plain SVD"
@@ -24,13 +24,13 @@ ALONE = "quantizer: none was given, so the base stayed and this was one plain SV
 
 def loftq(
     *,
-    quantizer: Step | None = None,
+    quantizer: LinearStep | None = None,
     rank: int | float = 64,
     iters: int = 5,
     first: str = "base",
     keep: str = "best",
     dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base and adds factors, each fitted to the other.
 
     Args:

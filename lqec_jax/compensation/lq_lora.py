@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.closed_form import balance, reduce_rank
 from lqec_jax.core.corrections import make_correction, store
-from lqec_jax.core.types import LinearProblem, LinearStats, Step
+from lqec_jax.core.types import LinearProblem, LinearStats, LinearStep
 from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "closed form"
@@ -52,12 +52,12 @@ def sides_error(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
 def lq_lora(
     *,
     rank: int | float = 64,
-    quantizer: Step | None = None,
+    quantizer: LinearStep | None = None,
     iters: int = 5,
     first: str = "factors",
     keep: str = "best",
     dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step whose correction weighs inputs and outputs by the loss's curvature.
 
     Args:

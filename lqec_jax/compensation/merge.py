@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_choice
 from lqec_jax.core.bases import find_grid
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import Affine, CompressedLinear, LowRank
 from lqec_kernels.packing import pack, unpack
@@ -37,7 +37,7 @@ REFERENCE = "closed form"
 SILENT = 1e-6
 
 
-def merge(*, dtype: str = "float32") -> Step:
+def merge(*, dtype: str = "float32") -> LinearStep:
     """Makes the step that folds every pooled adapter of a weight into its zero points.
 
     Needs no data, and changes what the weight is made of, not the weight. Bits per weight lose the
@@ -54,9 +54,8 @@ def merge(*, dtype: str = "float32") -> Step:
     def run(problem: LinearProblem, leaf: CompressedLinear) -> tuple[CompressedLinear, Any]:
         return fold(leaf, jnp.dtype(dtype))
 
-    return Step(
+    return LinearStep(
         name="merge",
-        scope="linear",
         run=run,
         arguments={"dtype": dtype},
         notes=_say,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.closed_form import balance
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, LowRank
@@ -27,7 +27,7 @@ from lqec_kernels.formats import CompressedLinear, LowRank
 REFERENCE = "Paramathic/slim@09a5676 slim/lora.py"
 
 
-def quantize_adapter(*, bits: int = 4, group_size: int | None = 128) -> Step:
+def quantize_adapter(*, bits: int = 4, group_size: int | None = 128) -> LinearStep:
     """Makes the step that rounds the factors of every low-rank correction there is.
 
     Args:
@@ -59,9 +59,8 @@ def quantize_adapter(*, bits: int = 4, group_size: int | None = 128) -> Step:
             )
         return dataclasses.replace(leaf, corrections=tuple(map(round_factors, leaf.corrections)))
 
-    return Step(
+    return LinearStep(
         name="quantize_adapter",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size},
         objective=weight_error,

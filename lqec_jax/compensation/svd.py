@@ -14,12 +14,12 @@ import jax
 
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.corrections import make_correction, store
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 
 REFERENCE = "closed form"
 
 
-def svd(*, rank: int | float = 64, dtype: str = "float16") -> Step:
+def svd(*, rank: int | float = 64, dtype: str = "float16") -> LinearStep:
     """Makes the step that adds the rank-r approximation of what is still missing.
 
     Args:
@@ -29,7 +29,7 @@ def svd(*, rank: int | float = 64, dtype: str = "float16") -> Step:
     return _make("svd", {"rank": rank, "dtype": dtype})
 
 
-def lqer(*, rank: int | float = 64, dtype: str = "float16") -> Step:
+def lqer(*, rank: int | float = 64, dtype: str = "float16") -> LinearStep:
     """Makes the step of `svd` under LQER's name.
 
     Args:
@@ -40,7 +40,7 @@ def lqer(*, rank: int | float = 64, dtype: str = "float16") -> Step:
     return _make("lqer", {"rank": rank, "dtype": dtype})
 
 
-def naive_lora(*, rank: int | float = 0.1, dtype: str = "float16") -> Step:
+def naive_lora(*, rank: int | float = 0.1, dtype: str = "float16") -> LinearStep:
     """Makes the step of `svd` with the rank that SLiM compares it at.
 
     Args:
@@ -50,7 +50,7 @@ def naive_lora(*, rank: int | float = 0.1, dtype: str = "float16") -> Step:
     return _make("naive_lora", {"rank": rank, "dtype": dtype})
 
 
-def _make(name: str, arguments: Mapping[str, Any]) -> Step:
+def _make(name: str, arguments: Mapping[str, Any]) -> LinearStep:
     def solve(error: jax.Array, problem: LinearProblem, rank: int) -> tuple:
         return store(*truncate(error, rank), arguments["dtype"]), ()
 

@@ -17,7 +17,8 @@ differ in what they take for G:
 Differs from ChengZhang-98/QERA and the others' code: no root and no inverse of G, hence no damping,
 no clamped eigenvalues and no fallback for channels without inputs; factors are balanced, where
 those put all singular values into one; sums are float32 over all tokens, where EoRA's forgets its
-first windows and L2QER takes the largest of the batches' means.
+first windows and L2QER takes the largest of the batches' means; the least saliency is that of the
+inputs that are seen, where SLiM's code counts one that never is as 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ from lqec_jax.core.corrections import (
     requantize,
     store,
 )
-from lqec_jax.core.types import LinearProblem, LinearStats, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStats, LinearStep, output_error
 from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "closed form"
@@ -85,7 +86,7 @@ def weighted_error(weigh: Callable) -> Callable:
     return objective
 
 
-def l2qer(*, rank: int | float = 64, dtype: str = "float16") -> Step:
+def l2qer(*, rank: int | float = 64, dtype: str = "float16") -> LinearStep:
     """Makes the step whose correction weighs each input by its mean magnitude.
 
     Args:
@@ -101,9 +102,9 @@ def slim_lora(
     *,
     rank: int | float = 0.1,
     saliency: str = "rms",
-    requantize: Step | None = None,
+    requantize: LinearStep | None = None,
     dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step whose correction weighs each input by SLiM's saliency.
 
     Args:
@@ -121,7 +122,7 @@ def slim_lora(
     return step if requantize is None else _round_again(step, requantize)
 
 
-def _round_again(step: Step, quantizer: Step) -> Step:
+def _round_again(step: LinearStep, quantizer: LinearStep) -> LinearStep:
     """Makes the step after which the base is rounded anew, near what the correction leaves."""
     check_quantizer(step.name, quantizer)
 
@@ -137,7 +138,7 @@ def _round_again(step: Step, quantizer: Step) -> Step:
     )
 
 
-def qera_approx(*, rank: int | float = 64, dtype: str = "float16") -> Step:
+def qera_approx(*, rank: int | float = 64, dtype: str = "float16") -> LinearStep:
     """Makes the step whose correction is the best where inputs are uncorrelated.
 
     Args:
@@ -149,7 +150,9 @@ def qera_approx(*, rank: int | float = 64, dtype: str = "float16") -> Step:
     return _make_diagonal("qera_approx", arguments, weigh_channels, "rms", words)
 
 
-def qera(*, rank: int | float = 64, passes: int | None = None, dtype: str = "float16") -> Step:
+def qera(
+    *, rank: int | float = 64, passes: int | None = None, dtype: str = "float16"
+) -> LinearStep:
     """Makes the step whose correction leaves the least output error of its rank.
 
     Args:
@@ -162,7 +165,9 @@ def qera(*, rank: int | float = 64, passes: int | None = None, dtype: str = "flo
     return _make_whole("qera", {"rank": rank, "passes": passes, "dtype": dtype})
 
 
-def eora(*, rank: int | float = 64, passes: int | None = None, dtype: str = "float16") -> Step:
+def eora(
+    *, rank: int | float = 64, passes: int | None = None, dtype: str = "float16"
+) -> LinearStep:
     """Makes the step of `qera` under the name of its solution in the gram's eigenspace.
 
     Args:
@@ -176,7 +181,7 @@ def eora(*, rank: int | float = 64, passes: int | None = None, dtype: str = "flo
 
 def _make_diagonal(
     name: str, arguments: Mapping[str, Any], weigh: Callable, need: str, objective_name: str
-) -> Step:
+) -> LinearStep:
     """Makes the step for which inputs count weigh(stats), [d_in], one by one."""
 
     def solve(error: jax.Array, problem: LinearProblem, rank: int) -> tuple:
@@ -187,7 +192,7 @@ def _make_diagonal(
     return make_correction(name, arguments, solve, objective, objective_name, frozenset({need}))
 
 
-def _make_whole(name: str, arguments: Mapping[str, Any]) -> Step:
+def _make_whole(name: str, arguments: Mapping[str, Any]) -> LinearStep:
     """Makes the step for a whole gram."""
     passes = arguments["passes"]
     if passes is not None:

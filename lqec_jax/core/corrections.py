@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_choice, check_int, check_rank, resolve_rank
 from lqec_jax.core.bases import replace_base
-from lqec_jax.core.types import LinearProblem, Step, run_linear
+from lqec_jax.core.types import LinearProblem, LinearStep, TrainingStep, run_linear
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import ChannelScale, CompressedLinear, Dense, LowRank
 from lqec_kernels.sparse import Masked
@@ -37,7 +37,7 @@ class Turns:
     """
 
     method: str
-    quantizer: Step | None
+    quantizer: LinearStep | None
     iters: int = 1
     first: str = "base"
     keep: str = "best"
@@ -62,7 +62,7 @@ def make_correction(
     objective_name: str,
     needs: frozenset[str] = frozenset(),
     notes: Callable | None = None,
-) -> Step:
+) -> LinearStep:
     """Makes the step that adds the correction of what is missing of a weight.
 
     Args:
@@ -97,9 +97,8 @@ def make_correction(
         lines = () if notes is None else tuple(notes(own))
         return (*lines, *describe(errors, won), *describe_quantizer(turns.quantizer, quantized))
 
-    return Step(
+    return LinearStep(
         name=name,
-        scope="linear",
         run=run,
         arguments=arguments,
         needs=needs | turns.needs,
@@ -180,7 +179,7 @@ def base_weight(problem: LinearProblem, leaf: CompressedLinear) -> jax.Array:
 
 
 def requantize(
-    method: str, quantizer: Step, problem: LinearProblem, leaf: CompressedLinear, w: jax.Array
+    method: str, quantizer: LinearStep, problem: LinearProblem, leaf: CompressedLinear, w: jax.Array
 ) -> tuple:
     """Puts the base of another weight in a leaf.
 
@@ -203,14 +202,15 @@ def requantize(
     return dataclasses.replace(new, corrections=corrections), facts
 
 
-def check_quantizer(method: str, quantizer: Any) -> Step:
+def check_quantizer(method: str, quantizer: Any) -> LinearStep:
     """Returns a step that may stand where a quantizer of single weights is wanted.
 
     Raises:
       InputError: it is none, or sees more than one weight.
     """
-    if not isinstance(quantizer, Step) or quantizer.scope != "linear":
-        came = f"{quantizer.name}, a {quantizer.scope} step" if isinstance(quantizer, Step) else ""
+    if not isinstance(quantizer, LinearStep):
+        trains = isinstance(quantizer, TrainingStep)
+        came = f"{quantizer.name}, a {quantizer.scope} step" if trains else ""
         raise InputError(
             f"{method}: quantizer={came or repr(quantizer)}; "
             "a method that quantizes single weights was wanted, e.g. nf(bits=2)"
@@ -239,7 +239,7 @@ def describe(errors: Any, won: Any) -> tuple[str, ...]:
     )
 
 
-def describe_quantizer(quantizer: Step, facts: Any) -> tuple[str, ...]:
+def describe_quantizer(quantizer: LinearStep, facts: Any) -> tuple[str, ...]:
     """Returns what a report should say of a quantizer that a method was given."""
     return () if quantizer.notes is None else tuple(quantizer.notes(facts))
 

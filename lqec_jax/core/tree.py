@@ -1,14 +1,17 @@
-"""Parameter trees: paths, stacks of blocks, and the split into what trains and what does not."""
+"""Parameter trees: paths, stacks of blocks, what is left out, and what trains and what does not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_kernels.formats import CompressedLinear
+
+Params = Any  # a pytree of arrays and CompressedLinear leaves
 
 
 def get_at(tree: dict, path: str) -> Any:
@@ -53,8 +56,54 @@ def _signature(tree: Params) -> tuple:
     return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
 
 
+def equal_trees(left: Params, right: Params) -> bool:
+    """Says whether two trees are made of the same nodes, dtypes and bytes."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=False)
+    return jax.tree.structure(left) == jax.tree.structure(right) and all(
+        a.dtype == b.dtype and a.shape == b.shape and bool((_bytes(a) == _bytes(b)).all())
+        for a, b in pairs
+    )
+
+
+def _bytes(array: Any) -> np.ndarray:
+    # Of bytes, because NaN differs from itself and 0.0 equals -0.0.
+    return np.ascontiguousarray(jax.device_get(array)).reshape(-1).view(np.uint8)
+
+
 def is_compressed(node: Any) -> bool:
     return isinstance(node, CompressedLinear)
+
+
+def drop_corrections(params: Params) -> Params:
+    """Returns the tree with every compressed weight's corrections left out."""
+
+    def drop(node: Any) -> Any:
+        return replace(node, corrections=()) if is_compressed(node) else node
+
+    return jax.tree.map(drop, params, is_leaf=is_compressed)
+
+
+def drop_input_grids(params: Params) -> Params:
+    """Returns the tree with every compressed weight reading its inputs as they come."""
+
+    def drop(node: Any) -> Any:
+        return replace(node, input_grid=None) if is_compressed(node) else node
+
+    return jax.tree.map(drop, params, is_leaf=is_compressed)
+
+
+def has_input_grids(params: Params) -> bool:
+    """Says whether some weight rounds what it reads."""
+    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
+    return any(is_compressed(leaf) and leaf.input_grid is not None for leaf in leaves)
+
+
+def each_block(params: Params) -> Iterator[Params]:
+    """Yields the blocks of a model in order, each as views of its stack on the host."""
+    for segment in params["blocks"]:
+        stack = jax.device_get(segment)
+        for layer in range(jax.tree.leaves(stack)[0].shape[0]):
+            yield jax.tree.map(lambda array, i=layer: array[i], stack)
 
 
 def partition(params: Params, select: str | Callable = "adapters") -> tuple[Params, Params]:
@@ -65,9 +114,9 @@ def partition(params: Params, select: str | Callable = "adapters") -> tuple[Para
 
     Args:
       params: any tree with CompressedLinear leaves.
-      select: 'adapters' (factors of low-rank corrections), 'scales' (what bases multiply codes by,
-        shift them by or look up, where it is floating), or (path, array) -> bool with path as
-        `jax.tree_util` gives it.
+      select: 'adapters' (factors of low-rank corrections); 'scales', 'zeros' or 'levels' (what
+        bases multiply codes by, shift them by, or look up, where it is floating); or
+        (path, array) -> bool with path as `jax.tree_util` gives it.
     Raises:
       InputError: an unknown selection.
     Example:
@@ -103,13 +152,19 @@ def _is_adapter(path: tuple, leaf: jax.Array) -> bool:
 
 
 # What formats call the numbers that codes are multiplied by, shifted by, or stand for.
-SCALES = ("scales", "zeros", "alphas", "shifts", "levels")
+SCALES, ZEROS, LEVELS = ("scales", "alphas"), ("zeros", "shifts"), ("levels",)
 
 
-def _is_scale(path: tuple, leaf: jax.Array) -> bool:
-    names = _attributes(path)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return "base" in names and names[-1] in SCALES and floating
+def _of_base(*fields: str) -> Callable:
+    """Selects the floating arrays of bases that lie under one of the fields."""
+
+    def select(path: tuple, leaf: jax.Array) -> bool:
+        names = _attributes(path)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return "base" in names[:1] and not set(fields).isdisjoint(names) and floating
+
+    return select
 
 
-SELECTIONS = {"adapters": _is_adapter, "scales": _is_scale}
+SELECTIONS = {"adapters": _is_adapter, "scales": _of_base(*SCALES), "zeros": _of_base(*ZEROS),
+              "levels": _of_base(*LEVELS)}  # fmt: skip

@@ -6,15 +6,17 @@ file or a family.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lqec_jax.core.sites import Site
+from lqec_jax.core.tree import Params
 from lqec_kernels.formats import CompressedLinear
 
-Params = Any  # a pytree of arrays and CompressedLinear leaves
 Scope = Literal["linear", "block", "model"]
 
 
@@ -53,49 +55,103 @@ class LinearProblem:
     key: jax.Array
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Step:
-    """One method with its arguments.
-
-    Attributes:
-      name: the method's name in the table.
-      scope: what it sees: one linear, one block, or the whole model.
-      run: for `linear`, a pure jit-able (LinearProblem, CompressedLinear) -> CompressedLinear, or
-        -> (CompressedLinear, facts) where `notes` is given; see `run_linear`. For `block`,
-        (BlockProblem) -> BlockSolution; for `model`, (ModelProblem) -> ModelSolution.
-      needs: names of `LinearStats` fields that must be collected for it.
-      arguments: all arguments after defaults, printable; part of a run's fingerprint.
-      notes: for `linear`, (facts as numpy arrays) -> lines for the report; facts are what `run`
-        has to say of one weight besides the result.
-      preview: for `block` and `model`, what becomes of one weight, (CompressedLinear) ->
-        CompressedLinear; called on shapes alone, so that a refusal and the final size are known
-        before the first flop.
-      trained: for `block` and `model`, how many numbers the step trains for one weight,
-        (CompressedLinear of shapes) -> int; None is all adapters. A block step is shown the dense
-        weight, a model step what the recipe makes of it.
-      leave_out: for `model`, paths of linears that the step leaves as they are.
-      scratch_bytes: for `model`, (vocabulary size) -> what it keeps on disk of every calibration
-        token, in bytes; None is nothing.
-      objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar; linear only.
-      objective_name: the same in words.
-    """
-
-    name: str
-    scope: Scope
-    run: Callable
-    arguments: Mapping[str, Any]
-    needs: frozenset[str] = frozenset()
-    notes: Callable | None = None
-    preview: Callable | None = None
-    trained: Callable | None = None
-    leave_out: frozenset[str] = frozenset()
-    scratch_bytes: Callable | None = None
-    objective: Callable | None = None
-    objective_name: str = ""
+class _Printed:
+    """A step prints as the call that makes it, every argument said."""
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.name}({inside})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearStep(_Printed):
+    """A method that changes one weight at a time, with its arguments.
+
+    Attributes:
+      name: the method's name in the table.
+      run: a pure jit-able (LinearProblem, CompressedLinear) -> CompressedLinear, or -> (that,
+        facts) where `notes` is given; see `run_linear`.
+      arguments: all arguments after defaults, printable; part of a run's fingerprint.
+      needs: names of `LinearStats` fields that must be collected for it.
+      notes: (facts as numpy arrays) -> lines for the report; facts are what `run` has to say of one
+        weight besides the result.
+      objective: what the step lowers, as (LinearProblem, CompressedLinear) -> scalar.
+      objective_name: the same in words.
+    """
+
+    scope: ClassVar[Scope] = "linear"
+    leave_out: ClassVar[frozenset[str]] = frozenset()
+
+    name: str
+    run: Callable
+    arguments: Mapping[str, Any]
+    needs: frozenset[str] = frozenset()
+    notes: Callable | None = None
+    objective: Callable | None = None
+    objective_name: str = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training runs, and how often it looks at the validation windows.
+
+    Attributes:
+      updates: at most so many; None is `epochs` passes over the training windows.
+      batch: windows an update sees, walked in `accumulate` equal parts; None is all of them.
+      accumulate: None is chosen for the machine, see `train.update.count_parts`.
+      eval_every: updates between two looks; None is one a pass.
+      patience: looks without a new best after which it stops; 0 never stops early.
+    """
+
+    updates: int | None = None
+    batch: int | None = 8
+    accumulate: int | None = 1
+    eval_every: int | None = 25
+    patience: int = 5
+    epochs: int | None = None
+
+    def resolve(self, windows: int) -> "Schedule":
+        """Returns the schedule over so many training windows, in updates."""
+        if self.epochs is None:
+            return self
+        batch = min(self.batch, windows)
+        each = windows // batch
+        return replace(self, updates=self.epochs * each, batch=batch, eval_every=each, epochs=None)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainingStep(_Printed):
+    """A method that trains, a block or the whole model at once, with its arguments.
+
+    Attributes:
+      name, arguments, objective_name: as of a `LinearStep`.
+      scope: what its loss sees. 'linear' trains a block's weights one after another.
+      run: (BlockProblem or ModelProblem) -> Solution.
+      schedule: how long.
+      preview: what becomes of one weight, (CompressedLinear) -> CompressedLinear; called on shapes
+        alone, so that a refusal and the final size are known before the first flop.
+      count: how many numbers it moves in one weight, (CompressedLinear of shapes) -> int. A step of
+        blocks is shown the dense weight, one of the model what the recipe makes of it.
+      leave_out: paths of linears that stay as they are.
+      scratch_bytes: (vocabulary size) -> what it keeps on disk of every calibration token, in
+        bytes.
+    """
+
+    name: str
+    scope: Literal["block", "model"]
+    run: Callable
+    arguments: Mapping[str, Any]
+    schedule: Schedule
+    preview: Callable
+    count: Callable
+    leave_out: frozenset[str] = frozenset()
+    scratch_bytes: Callable = lambda vocab: 0
+    objective_name: str = ""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+
+Step = LinearStep | TrainingStep
 
 
 @dataclass(frozen=True)
@@ -111,10 +167,9 @@ class ModelFns:
       hidden: (params, tokens) -> (pre_norm, post_norm), both [b, t, d].
       head: (params, post_norm [..., d], start=0, size=None) -> float32 logits of the vocabulary
         columns start .. start + size (all of them by default).
-      linear_groups: paths of a block's linears in data-flow order, those that share an input
-        together.
+      sites: a block's linears in data-flow order, those that share an input together; their order
+        numbers them. `core.sites.in_groups` makes them of paths alone.
       norm: (params, pre_norm) -> post_norm.
-      row_parallel: the linears whose input, not output, is split over devices.
       vocab_size: width of the head.
     """
 
@@ -122,15 +177,25 @@ class ModelFns:
     block: Callable
     hidden: Callable
     head: Callable
-    linear_groups: tuple[tuple[str, ...], ...]
+    sites: tuple[Site, ...]
     norm: Callable | None = None
-    row_parallel: frozenset[str] = frozenset()
     vocab_size: int | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Returns the paths of a block's linears, e.g. 'attn/q'."""
-        return tuple(path for group in self.linear_groups for path in group)
+        return tuple(site.path for site in self.sites)
+
+    @property
+    def linear_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the same paths, those that share an input together."""
+        groups = groupby(self.sites, key=lambda site: site.group)
+        return tuple(tuple(site.path for site in group) for _, group in groups)
+
+    @property
+    def row_parallel(self) -> frozenset[str]:
+        """Returns the paths of the linears whose input, not output, is split over devices."""
+        return frozenset(site.path for site in self.sites if site.split == "in")
 
 
 class Evaluation(NamedTuple):
@@ -142,8 +207,46 @@ class Evaluation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Work:
+    """Where a training runs.
+
+    Attributes:
+      key: random key.
+      mesh: devices to run on, or None for one.
+      session: keeps and restores its state and is told how far it is; see `train.fit.Session`.
+      scratch: a file in which it may keep one array, of what it needs of the teacher; None where
+        that may be held in memory.
+    """
+
+    key: jax.Array
+    mesh: Any = None
+    session: Any = None
+    scratch: Any = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut to be trained on.
+
+    Attributes:
+      tokens: int32 [n, t], training windows first.
+      train: how many those are; the others are looked at.
+      weights: float32 [n, t - 1], what predicting tokens 1 .. t-1 counts, 0 for what is not
+        learned; a window's loss is their weighted sum. None is the mean.
+    """
+
+    tokens: Any
+    train: int
+    weights: Any = None
+
+    @property
+    def val(self) -> int:
+        return len(self.tokens) - self.train
+
+
+@dataclass(frozen=True)
 class BlockProblem:
-    """What a block step sees: one block, and what enters it in both streams.
+    """What a training of blocks sees: one block, and what enters it in both streams.
 
     Attributes:
       fns: the model's functions.
@@ -152,10 +255,7 @@ class BlockProblem:
       teacher, student: what enters the block in each stream, [n, t, d], on disk or in memory; the
         training windows come first.
       train: how many of the windows are for training, the others for validation.
-      key: random key.
-      progress: (done, total, message) -> None.
-      scratch: a file in which the step may keep one array as large as a stream; None where that
-        may be held in memory.
+      work: where it runs.
     """
 
     fns: ModelFns
@@ -164,55 +264,35 @@ class BlockProblem:
     teacher: Any
     student: Any
     train: int
-    key: jax.Array
-    progress: Callable[[int, int, str], None] = lambda done, total, message: None
-    scratch: Any = None
-
-
-@dataclass(frozen=True)
-class BlockSolution:
-    """What a block step returns: the new block, its curve, and what is worth saying."""
-
-    block: Params
-    history: tuple[Evaluation, ...]
-    best_update: int
-    notes: tuple[str, ...] = field(default=())
+    work: Work
 
 
 @dataclass(frozen=True)
 class ModelProblem:
-    """What a model step sees: the student, the teacher's answers, the calibration text.
+    """What a training of the whole model sees: the student, the teacher's answers, the text.
 
     Attributes:
       fns: the model's functions, which also fix the compute dtype.
       params: the student.
+      windows: the text.
+      work: where it runs.
       teacher: pre-norm hidden states of the teacher for all windows, [n, t, d], on disk or in
-        memory.
-      train, val: int32 windows [n, t]; `teacher` holds train's rows first, then val's.
-      key: random key.
-      mesh: devices to run on, or None for one.
-      session: keeps and restores training state; see `train.fit.Session`.
-      scratch: a file in which the step may keep one array of what it needs of the teacher; None
-        where that may be held in memory.
+        memory; None where there is no teacher.
       outer: the teacher's embedding, norm and head, where an earlier step has given the student
         others; None where both have the same.
     """
 
     fns: ModelFns
     params: Params
-    teacher: Any
-    train: Any
-    val: Any
-    key: jax.Array
-    mesh: Any = None
-    session: Any = None
-    scratch: Any = None
+    windows: Windows
+    work: Work
+    teacher: Any = None
     outer: Params | None = None
 
 
 @dataclass(frozen=True)
-class ModelSolution:
-    """What a model step returns: the new student, its curve, and what is worth saying."""
+class Solution:
+    """What a training returns: the new block or model, its curve, and what is worth saying."""
 
     params: Params
     history: tuple[Evaluation, ...]
@@ -220,7 +300,7 @@ class ModelSolution:
     notes: tuple[str, ...] = field(default=())
 
 
-def run_linear(step: Step, problem: LinearProblem, leaf: CompressedLinear) -> tuple:
+def run_linear(step: LinearStep, problem: LinearProblem, leaf: CompressedLinear) -> tuple:
     """Runs a linear step; returns (leaf, facts), facts being () where a step has none."""
     out = step.run(problem, leaf)
     return (out, ()) if step.notes is None else out

@@ -23,7 +23,7 @@ from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss
 from lqec_jax.io.artifact.artifact import check_free
 from lqec_jax.io.files import staged_folder, write_json
 from lqec_jax.models.model import Model
-from lqec_jax.runs.job import read_windows
+from lqec_jax.runs.text import read_windows
 
 RESULT, PLOT, ARTIFACT = "demo.json", "demo.png", "rilq"
 SEQLEN = 256

@@ -37,9 +37,9 @@ from lqec_jax.io.artifact.artifact import check_free
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import init_params, model_fns
-from lqec_jax.runs.job import read_windows
-from lqec_jax.train.losses import next_token_nll
+from lqec_jax.runs.text import read_windows
 from lqec_jax.train.update import count_parts, init_state, make_update
+from lqec_jax.train.vocabulary import next_token_nll
 
 LOOK = 16  # held-out windows in the curve
 BETWEEN = "<|endoftext|>"  # before every document: the begin of one and the end of another

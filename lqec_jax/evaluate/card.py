@@ -1,18 +1,29 @@
 """README.md of an artifact: a model card, with the front matter that Hugging Face reads.
 
 Only what is known is said: the base model where it came from the hub, a license where the base
-model's own card names one. The card is made from the report alone, as the page is.
+model's own card names one. The card is made from the report alone, as the page is. Names in it may
+be strangers': what Markdown or HTML would read as its own is written so that it is only shown.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from lqec_jax.evaluate.page import find_methods, tabulate_stages
+from lqec_jax.core.hub_cache import find_repository, read_hub_id
+from lqec_jax.evaluate.page import PAGE, find_methods, render_report, tabulate_stages
 
 CARD = "README.md"
-CACHED = "models--"  # how the hub's cache begins a folder's name: models--org--name
+
+
+def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what people read of a report, by the name of the file: the page and the card.
+
+    Args:
+      report: as `report.build_report` returns it; any field may be missing.
+    """
+    return {PAGE: render_report(report), CARD: render_card(report)}
 
 
 def describe_base(folder: Path | None) -> dict[str, str]:
@@ -24,9 +35,9 @@ def describe_base(folder: Path | None) -> dict[str, str]:
     if folder is None:
         return {}
     place = folder.resolve()
-    base, cached = {"name": place.name}, place.parent.parent.name
-    if place.parent.name == "snapshots" and cached.startswith(CACHED):
-        hub_id = cached.removeprefix(CACHED).replace("--", "/", 1)
+    base, repository = {"name": place.name}, find_repository(place)
+    if repository is not None:
+        hub_id = read_hub_id(repository)
         base = {"name": hub_id.rpartition("/")[2], "hub_id": hub_id}
     front = read_front_matter(place / CARD)
     return base | {
@@ -67,18 +78,39 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     name = base.get("name")
     yield f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
     size = f" at {bits:.2f} bits per weight" if bits is not None else ""
-    yield f"\n# {name or 'A model'}{size}"
-    origin = f"[{base['hub_id']}](https://huggingface.co/{base['hub_id']})" if (
-        "hub_id" in base) else f"`{name}`" if name else "a dense model"  # fmt: skip
+    yield f"\n# {_plain(name) if name else 'A model'}{size}"
+    if "hub_id" in base:
+        origin = f"[{_plain(base['hub_id'])}](https://huggingface.co/{quote(base['hub_id'])})"
+    else:
+        origin = _code(name) if name else "a dense model"
     yield f"\nMade from {origin} with `lqec_jax`, by the recipe\n"
-    yield f"```\n{report.get('recipe', '')}\n```"
+    recipe = str(report.get("recipe", ""))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
+    yield f"{fence}\n{recipe}\n{fence}"
+    for fit in report.get("fits", ()):
+        if "data" in fit:
+            yield f"\nThere {_code(fit['method'])} stands for a training on the rows of"
+            yield f"{_code(fit['data']['file'])}, not on a calibration text."
     if "seed" in report:
         yield f"\nand seed {report['seed']}. The recipe is written with all its defaults."
     yield from _results(report)
     yield from _use()
     if report.get("skipped"):
         yield "\n## Left as it was\n"
-        yield from (f"- `{entry['path']}`: {entry['reason']}." for entry in report["skipped"])
+        for entry in report["skipped"]:
+            yield f"- {_code(entry['path'])}: {_plain(entry['reason'])}."
+
+
+def _plain(text: Any) -> str:
+    """Writes a text so that Markdown shows it: no HTML, link, span, cell or line of its own."""
+    one_line = " ".join(str(text).split())
+    return re.sub(r"[<>&`*\[\]\\|]", lambda found: f"&#{ord(found[0])};", one_line)
+
+
+def _code(text: Any) -> str:
+    """Writes a text as code; in a span of backticks no character could be escaped."""
+    shown = _plain(text)
+    return f"`{shown}`" if shown == str(text) else f"<code>{shown}</code>"
 
 
 def _front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,10 +133,11 @@ def _results(report: Mapping[str, Any]) -> Iterator[str]:
         return
     yield "\n## Results"
     for table in tables:
-        yield f"\n| after | perplexity, `{table['protocol']}` | 95% interval |"
+        yield f"\n| after | perplexity, {_code(table['protocol'])} | 95% interval |"
         yield "|---|---|---|"
         for row in table["rows"]:
-            cells = (row["name"].replace("|", "\\|"), row["ppl"], row["interval"])
+            name = " \\| ".join(_plain(step) for step in row["name"].split(" | "))
+            cells = (name, row["ppl"], row["interval"])
             yield f"| {' | '.join(cells)} |"
     yield "\nA protocol says how a text became windows, and their length; `calib-val` is the"
     yield "calibration text's own validation windows. Two protocols cannot be compared."

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core.arguments import check_int, check_number, check_tokens
 from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
+from lqec_jax.models.raw_config import Section
 from lqec_jax.models.stepping import step_fns
 
 SHORTEST = 16  # tokens; lengths are rounded up to this times a power of two, one compilation each
@@ -38,8 +38,9 @@ def generate(
 
     Args:
       model: dense or compressed, with a tokenizer.
-      prompt: text, before which a BOS is put if the tokenizer has one; or a conversation, messages
-        `{"role": ..., "content": ...}`, which the tokenizer's chat template renders.
+      prompt: text, before which a BOS is put if the tokenizer has one and the text does not begin
+        with it; or a conversation, messages `{"role": ..., "content": ...}`, which the tokenizer's
+        chat template renders.
       temperature: 0 always takes the likeliest token; 1 samples as the model says.
       top_p: sample only from the likeliest tokens that reach this probability together.
       seed: the same seed gives the same text.
@@ -204,12 +205,22 @@ def read_prompt(model: Model, prompt: Prompt) -> list[int]:
     return ids
 
 
+def brings_bos(model: Model, prompt: Prompt) -> bool:
+    """Says whether a text begins with the BOS that would otherwise be put before it."""
+    own = model.tokenizer.bos_id if model.tokenizer is not None else None
+    if own is None or not isinstance(prompt, str):
+        return False
+    return model.tokenizer.encode(prompt)[:1] == [own]
+
+
 def end_tokens(model: Model) -> frozenset[int]:
-    """Returns the ids that end a text: the tokenizer's, and all that config.json names."""
-    named = model.raw_config.get("eos_token_id")
-    named = set(named if isinstance(named, list) else [named])
-    own = model.tokenizer.eos_id if model.tokenizer is not None else None
-    return frozenset(id for id in named | {own} if id is not None)
+    """Returns the ids that end a text: all that the model's files name.
+
+    The tokenizer's own, config.json's and generation_config.json's; an instruct model ends its turn
+    by one token and a text by another.
+    """
+    named = Section(model.raw_config).ids("eos_token_id")
+    return named if model.tokenizer is None else named | model.tokenizer.end_ids
 
 
 def round_up(length: int, limit: int) -> int:

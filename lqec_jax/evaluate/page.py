@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from lqec_jax.evaluate.figures import draw_errors, draw_losses, draw_pareto
 
+PAGE = "report.html"
 TEACHER = "teacher"  # in the place of a recipe
-NOT_FINITE = "not finite"
+NOT_FINITE, NOT_MEASURED = "not finite", "not measured"
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -25,7 +26,8 @@ def render_report(report: Mapping[str, Any]) -> str:
         missing.
     """
     stages, linears = report.get("stages", ()), list(_split_paths(report.get("linears", ())))
-    in_depth = [linear for linear in linears if linear["layer"] is not None]
+    measured = [linear for linear in linears if linear["relative_error"] is not None]
+    in_depth = [linear for linear in measured if linear["layer"] is not None]
     return render(
         "report.html.j2",
         title=_title(report),
@@ -174,6 +176,8 @@ def _show_fit(number: int, fit: Mapping[str, Any]) -> dict[str, Any]:
     )
     plot = Markup(draw_losses(f"fit-{number}", history, best))
     name = f"{fit['method']}, block {fit['layer']}" if "layer" in fit else fit["method"]
+    if "data" in fit:
+        name += f", on {fit['data']['file']}"
     return {"method": name, "said": said, "notes": fit.get("notes", ()), "plot": plot}
 
 
@@ -198,8 +202,8 @@ def _tabulate_kinds(linears: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, 
             "count": len(same),
             "shape": f"{same[0]['d_in']} × {same[0]['d_out']}",
             "bits": bits[0] if len(bits) == 1 else f"{bits[0]} to {bits[-1]}",
-            "mean": format_number(sum(known) / len(known) if whole else None, 4),
-            "worst": format_number(max(known) if whole else None, 4),
+            "mean": format_number(sum(known) / len(known), 4) if whole else _say_absent(same),
+            "worst": format_number(max(known), 4) if whole else _say_absent(same),
         }
 
 
@@ -212,9 +216,21 @@ def _show_linear(linear: Mapping[str, Any]) -> dict[str, str]:
     return {
         "path": linear["path"],
         "bits": f"{linear['bits_per_weight']:.3f}",
-        "error": format_number(linear["relative_error"], 4),
+        "error": _show_error(linear),
         "steps": "; ".join(steps),
     }
+
+
+def _show_error(linear: Mapping[str, Any]) -> str:
+    if linear["relative_error"] is not None or "relative_error_before" not in linear:
+        return format_number(linear["relative_error"], 4)
+    return f"{format_number(linear['relative_error_before'], 4)} before it was trained"
+
+
+def _say_absent(linears: Sequence[Mapping[str, Any]]) -> str:
+    """Says why some weights have no error: it was no number, or they were trained since."""
+    trained = any("relative_error_before" in linear for linear in linears)
+    return NOT_MEASURED if trained else NOT_FINITE
 
 
 def _flatten(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

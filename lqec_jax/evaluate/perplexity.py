@@ -15,7 +15,7 @@ import numpy as np
 
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.types import ModelFns, Params
-from lqec_jax.train.losses import next_token_nll
+from lqec_jax.train.vocabulary import next_token_nll
 
 # Logits and the like that a batch of windows may hold, in elements.
 BATCH_ELEMENTS = 2**25

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.calibration.collect import collect
+from lqec_jax.core.arguments import check_all
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.foreign import axes as kernel_axes
@@ -85,8 +86,7 @@ def quantize_tree(
         path, reason = next(iter({**unread, **skipped}.items()))
         raise InputError(f"quantize_tree: nothing to compress; {path} is left: {reason}")
     inputs = _check_inputs(recipe, plan, shapes, inputs or {})
-    for path, letters in plan.items():
-        _check_weight(recipe, path, weights[path], letters)
+    _check_weights(recipe, plan, weights)
     kernels, linears = {}, []
     for number, (path, letters) in enumerate(plan.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
@@ -244,15 +244,19 @@ def _flatten_inputs(path: str, x: jax.Array, shape: tuple, letters: str) -> jax.
     return x.astype(jnp.float32).reshape(layers, -1, d_in)  # [layers, tokens, d_in]
 
 
-def _check_weight(recipe: Recipe, path: str, w: Any, letters: str) -> None:
-    """Refuses a weight before anything is computed: on its shape alone, but for finiteness."""
-    _, d_in, d_out = kernel_axes.count_weights(w.shape, letters)
+def _check_weights(recipe: Recipe, plan: Mapping[str, str], weights: Mapping[str, Any]) -> None:
+    """Refuses weights before anything is computed: on shapes alone, but for finiteness."""
+    shapes = {
+        path: kernel_axes.count_weights(weights[path].shape, letters)[1:]
+        for path, letters in plan.items()
+    }
     try:
-        preview_leaf(recipe, d_in, d_out)
+        check_all(lambda path: preview_leaf(recipe, *shapes[path]), shapes)
     except InputError as error:
-        raise InputError(f"{error} (at {path}; select= can leave it out)") from error
-    if not _is_finite(w):
-        raise InputError(f"quantize_tree: {path} holds NaN or Inf; give finite weights")
+        raise InputError(f"{error}; select= can leave weights out") from error
+    for path in plan:
+        if not _is_finite(weights[path]):
+            raise InputError(f"quantize_tree: {path} holds NaN or Inf; give finite weights")
 
 
 @jax.jit

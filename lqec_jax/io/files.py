@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Files and folders that are written whole or not at all, and JSON read with its faults named."""
 
 import fcntl
 import glob
@@ -37,6 +37,36 @@ def staged_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads one JSON object.
+
+    Raises:
+      InputError: the file is missing, is not UTF-8 JSON (file and line named), or is not an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; restore it or name another folder") from None
+    except OSError as err:
+        raise InputError(f"{path} cannot be read: {err.strerror}; wanted a JSON file") from err
+    except json.JSONDecodeError as err:
+        raise InputError(
+            f"{path}, line {err.lineno}: not JSON ({err.msg}); the file is cut short or damaged, "
+            "restore it"
+        ) from err
+    except UnicodeDecodeError as err:
+        line = err.object[: err.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text; restore the file") from err
+    except (RecursionError, ValueError) as err:  # nested without end; a number of 5000 digits
+        raise InputError(f"{path} cannot be read as JSON ({err}); restore the file") from err
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path}, line 1: holds a {type(value).__name__}, wanted an object {{...}}"
+        )
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads a safetensors file one tensor at a time, without mapping or loading the rest.
+"""Safetensors: a file read one tensor at a time, and a folder's weights written in shards.
 
 The file is `u64 n | n bytes of JSON | data`; the JSON gives each tensor's dtype, shape and byte
 range (format of huggingface/safetensors). Our own reader, because a user must be told which file is
@@ -7,9 +7,10 @@ cut short and by how much, and because mapped pages count as resident memory of 
 
 import json
 import math
+import os
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lqec_jax.errors import InputError
+from lqec_jax.io.files import write_json, write_tensors
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -35,6 +37,9 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
 _CHUNK = 8 << 20  # bytes
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format itself
 
@@ -100,12 +105,62 @@ def read_entry(entry: TensorEntry) -> np.ndarray:
     return array.reshape(entry.shape)
 
 
+def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> np.ndarray:
+    """Reads start to stop - 1 of a tensor along one axis, and no other byte of the file.
+
+    Raises:
+      InputError: as `read_entry`.
+    """
+    outer, inner = entry.shape[:axis], entry.shape[axis + 1 :]
+    stride = math.prod(inner) * entry.dtype.itemsize
+    first, shape = entry.offset + start * stride, (stop - start, *inner)
+    offsets = range(first, first + entry.bytes, max(1, entry.shape[axis] * stride))
+    parts = [read_entry(replace(entry, shape=shape, offset=offset)) for offset in offsets]
+    return parts[0] if not outer else np.stack(parts).reshape(*outer, *shape)
+
+
 def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
     """Yields `length` bytes from `offset` on, 8 MiB at a time."""
     with path.open("rb") as file:
         file.seek(offset)
         for begin in range(0, length, _CHUNK):
             yield file.read(min(_CHUNK, length - begin))
+
+
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Says whether two tensors are stored alike: dtype, shape and every byte."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pairs = zip(
+        read_chunks(a.file, a.offset, a.bytes), read_chunks(b.file, b.offset, b.bytes), strict=True
+    )
+    return all(x == y for x, y in pairs)
+
+
+def shard_arrays(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts arrays, in order of name, into the shards that an artifact has."""
+    return _fill_shards(sorted(arrays.items()))
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, made_by: str = "pt"
+) -> None:
+    """Writes tensors as they come: one file, or shards of at most `SHARD_BYTES` with an index."""
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _fill_shards(tensors):
+        write_tensors(folder / _part(len(shards)), shard, made_by=made_by)
+        shards.append(sorted(shard))
+        total += sum(array.nbytes for array in shard.values())
+    if len(shards) == 1:
+        os.rename(folder / _part(0), folder / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / _part(number), folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _read_raw_header(path: Path) -> tuple[int, int, bytes]:
@@ -153,3 +208,20 @@ def _wrong_size(path: Path, size: int, wanted: str) -> InputError:
         f"{path} is {size} bytes, its header asks for {wanted}; the file is damaged or was not "
         "copied in full, download it again"
     )
+
+
+def _fill_shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts a sequence of arrays into shards of at most `SHARD_BYTES`, or of one array."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def _part(number: int) -> str:
+    return f"part-{number}"

@@ -15,12 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lqec_jax.core.sites import kernel_path
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.layers import Block, Norm
-from lqec_jax.models.parameters import ROW_PARALLEL, linear_groups, outer_shapes, with_constants
+from lqec_jax.models.parameters import linear_sites, outer_shapes, with_constants
+
+# Activations of a training update, in bytes of float32, above which blocks are recomputed. A batch
+# counts as one of 8 at least, so that a smaller one does not change how a run computes.
+REMAT_BYTES, LEAST_BATCH = 2**30, 8
 
 
 @lru_cache(maxsize=32)
@@ -80,11 +85,21 @@ def model_fns(config: ModelConfig, dtype: Any = jnp.float32, *, remat: bool = Tr
         block=block,
         hidden=hidden,
         head=head,
-        linear_groups=linear_groups(config),
+        sites=linear_sites(config),
         norm=norm,
-        row_parallel=ROW_PARALLEL,
         vocab_size=config.vocab_size,
     )
+
+
+def needs_remat(config: ModelConfig, seqlen: int, batch: int) -> bool:
+    """Says whether an update of `batch` windows would hold too many activations of blocks."""
+    tokens = max(batch, LEAST_BATCH) * seqlen
+    return 4 * tokens * config.layers * count_kept(config) > REMAT_BYTES
+
+
+def count_kept(config: ModelConfig) -> int:
+    """Returns how many numbers a block keeps of one token until its backward pass."""
+    return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
 
 
 def forward(config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any = jnp.float32):
@@ -108,7 +123,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     params = {"blocks": stack_blocks(blocks), "norm": Norm(config).init(key, h)["params"]}
     for path, shape in outer_shapes(config).items():
         if path.startswith(("embed/", "head/")):
-            path_key = head_key if path == "head/kernel" else embed_key
+            path_key = head_key if path == kernel_path("head") else embed_key
             array = jax.random.normal(path_key, shape) / config.d_model**0.5
             params = set_at(params, path, array)
     return params

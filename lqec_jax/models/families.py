@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from lqec_jax.core.sites import linear_path
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.models import parameters
 from lqec_jax.models.config import ModelConfig
@@ -23,20 +24,44 @@ FAMILIES = {
 }
 
 
+class Fused(NamedTuple):
+    """A module that a checkpoint keeps for several linears, `qkv_proj`; a line of `Family.names`.
+
+    Their outputs lie one after another, in the order of `linears`. It is what reading needs; an
+    export to such a checkpoint would have to join them again.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+
+
+class Cut(NamedTuple):
+    """Which part of a stored tensor a parameter is: start to stop - 1 along a stored axis."""
+
+    axis: int
+    start: int
+    stop: int
+
+
 class StoredTensor(NamedTuple):
     """Where a parameter lies in a checkpoint.
 
-    `name` of a block's tensor holds `{layer}`. `shape` is the stored one; a `transposed` tensor is
-    stored [d_out, d_in] and is [d_in, d_out] inside.
+    `name` of a block's tensor holds `{layer}`. `shape` is that of the whole stored tensor, of which
+    the parameter is the `cut`, or all of it. A `transposed` tensor is stored [..., d_out, d_in] and
+    is [..., d_in, d_out] inside.
     """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool
+    cut: Cut | None = None
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.transposed else self.shape
+        shape = list(self.shape)
+        if self.cut:
+            shape[self.cut.axis] = self.cut.stop - self.cut.start
+        return _swap_last(tuple(shape)) if self.transposed else tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -46,11 +71,12 @@ class Family:
     Attributes:
       read_config: config.json, parsed -> ModelConfig; refuses what it does not model.
       names: module path ('attn/q'; 'embed/embedding' and 'embed/positions' in full) -> its name in
-        a checkpoint, without `.weight` or `.bias`; a block's holds `{layer}`.
+        a checkpoint, without `.weight` or `.bias`, or the `Fused` one that it is a part of; a
+        block's holds `{layer}`.
     """
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
-    names: Mapping[str, str]
+    names: Mapping[str, str | Fused]
 
     def block_tensors(self, config: ModelConfig) -> dict[str, StoredTensor]:
         """Returns parameter path -> stored tensor for one block; format the name with `layer=`."""
@@ -68,11 +94,21 @@ class Family:
         tensors = {}
         for path, shape in shapes.items():
             module, _, leaf = path.rpartition("/")
-            name = self.names[path if path in self.names else module]
-            kernel = leaf == "kernel"
+            name, cut = self.names[path if path in self.names else module], None
+            kernel = linear_path(path) is not None
+            if isinstance(name, Fused):
+                widths = [shapes[f"{linear}/{leaf}"][-1] for linear in name.linears]
+                start = sum(widths[: name.linears.index(module)])
+                cut = Cut(len(shape) - (2 if kernel else 1), start, start + shape[-1])
+                name, shape = name.name, (*shape[:-1], sum(widths))
             full = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
-            tensors[path] = StoredTensor(full, shape[::-1] if kernel else shape, kernel)
+            tensors[path] = StoredTensor(full, _swap_last(shape) if kernel else shape, kernel, cut)
         return tensors
+
+
+def _swap_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a stored kernel's transpose, of one or of a stack of them."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def family(model_type: str) -> Family:

@@ -6,24 +6,33 @@
 Kernels are [d_in, d_out]. No family is known here: two that agree in their config are one decoder.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
+from lqec_jax.core.sites import Site, kernel_path
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.models.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
-ROW_PARALLEL = frozenset({"attn/o", "mlp/down"})
 EVERYTHING = np.iinfo(np.int32).max  # the window of a layer without one, beside layers with
 
 
-def linear_groups(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
-    """Returns a block's linears in data-flow order, those that share an input together."""
-    inner = ("mlp/gate", "mlp/up") if config.gated else ("mlp/up",)
-    return (("attn/q", "attn/k", "attn/v"), ("attn/o",), inner, ("mlp/down",))
+def linear_sites(config: ModelConfig) -> tuple[Site, ...]:
+    """Returns a block's linears in data-flow order, those that share an input in one group."""
+    d, f = config.d_model, config.d_ff
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention, output, mlp = config.attention_bias, config.output_bias, config.mlp_bias
+    sites = (
+        Site("attn/q", d, q, attention, group=0),
+        Site("attn/k", d, kv, attention, group=0),
+        Site("attn/v", d, kv, attention, group=0),
+        Site("attn/o", q, d, output, group=1, split="in"),
+        Site("mlp/gate", d, f, mlp, group=2),
+        Site("mlp/up", d, f, mlp, group=2),
+        Site("mlp/down", f, d, mlp, group=3, split="in"),
+    )
+    return tuple(site for site in sites if config.gated or site.path != "mlp/gate")
 
 
 def block_shapes(config: ModelConfig) -> Shapes:
@@ -36,10 +45,10 @@ def block_shapes(config: ModelConfig) -> Shapes:
             shapes |= _norm(f"{name}_post_norm", d, config)
     if config.qk_norm:
         shapes |= _norm("attn/q_norm", head_dim, config) | _norm("attn/k_norm", head_dim, config)
-    for path, linear in _linears(config).items():
-        shapes[f"{path}/kernel"] = (linear.d_in, linear.d_out)
-        if linear.biased:
-            shapes[f"{path}/bias"] = (linear.d_out,)
+    for site in linear_sites(config):
+        shapes[kernel_path(site)] = site.shape
+        if site.biased:
+            shapes[f"{site.path}/bias"] = (*site.shape[:-2], site.d_out)
     return shapes
 
 
@@ -51,7 +60,7 @@ def outer_shapes(config: ModelConfig) -> Shapes:
         shapes["embed/positions"] = (config.max_length + config.position_offset, d)
     shapes |= _norm("norm", d, config)
     if not config.tied_head:
-        shapes["head/kernel"] = (d, vocab)
+        shapes[kernel_path("head")] = (d, vocab)
     return shapes
 
 
@@ -65,27 +74,6 @@ def with_constants(config: ModelConfig, layer: int, block: Params) -> Params:
         return block
     window = np.asarray(config.windows[layer] or EVERYTHING, np.int32)
     return set_at(block, "attn/window", window)
-
-
-class _Linear(NamedTuple):
-    d_in: int
-    d_out: int
-    biased: bool
-
-
-def _linears(config: ModelConfig) -> dict[str, _Linear]:
-    d, f = config.d_model, config.d_ff
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    linears = {
-        "attn/q": _Linear(d, q, config.attention_bias),
-        "attn/k": _Linear(d, kv, config.attention_bias),
-        "attn/v": _Linear(d, kv, config.attention_bias),
-        "attn/o": _Linear(q, d, config.output_bias),
-        "mlp/gate": _Linear(d, f, config.mlp_bias),
-        "mlp/up": _Linear(d, f, config.mlp_bias),
-        "mlp/down": _Linear(f, d, config.mlp_bias),
-    }
-    return {path: linears[path] for group in linear_groups(config) for path in group}
 
 
 def _norm(path: str, d: int, config: ModelConfig) -> Shapes:

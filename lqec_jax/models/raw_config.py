@@ -52,6 +52,7 @@ class Section:
 
     values: Mapping[str, Any]
     prefix: str = ""
+    file: str = "config.json"
 
     def count(self, key: str, default: Any = REQUIRED, at_least: int = 1) -> Any:
         """Returns an int >= `at_least`."""
@@ -80,12 +81,21 @@ class Section:
             raise self.error(key, f"is {word!r}, which is not supported{did_you_mean(word, names)}")
         return names[word]
 
+    def ids(self, key: str) -> frozenset[int]:
+        """Returns the token ids under `key`: one, a list of them, or none; below 0 is none."""
+        value = self.values.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i < 2**31 for i in ids):
+            came = reprlib.repr(value)
+            raise self.error(key, f"is {came}; wanted an id, a list of ids or null; correct it")
+        return frozenset(i for i in ids if i >= 0)
+
     def section(self, key: str) -> "Section":
         """Returns the JSON object under `key`; absent and null are empty."""
         values = self.values.get(key)
         if values is not None and not isinstance(values, Mapping):
             raise self.error(key, f"is {values!r}; wanted an object or null; correct the file")
-        return Section(values or {}, f"{self.prefix}{key}.")
+        return Section(values or {}, f"{self.prefix}{key}.", self.file)
 
     def refuse_unknown(
         self, modelled: Collection[str], inert: Collection[str], neutral: Mapping[str, Any]
@@ -115,7 +125,7 @@ class Section:
 
     def error(self, key: str, problem: str) -> InputError:
         """Returns the one-line error about `key`."""
-        return InputError(f"config.json: {self.prefix}{key} {problem}")
+        return InputError(f"{self.file}: {self.prefix}{key} {problem}")
 
     def _read(
         self,

@@ -9,8 +9,10 @@ less memory for fine-tuning.
 import math
 from typing import Any
 
+from lqec_jax.core.sites import linear_path
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.parameters import linear_sites
 from lqec_jax.planning.memory import tile_bytes, update_parts
 
 BITS, GROUP, RANK = 2, 128, 32
@@ -30,8 +32,8 @@ def account(config: ModelConfig) -> dict[str, Any]:
     """
     family = families.family(config.family)
     block = family.block_shapes(config)
-    linears = {p.removesuffix("/kernel"): s for p, s in block.items() if p.endswith("/kernel")}
-    kept = sum(math.prod(s) for p, s in block.items() if not p.endswith("/kernel"))
+    linears = {site.path: site.shape for site in linear_sites(config)}
+    kept = sum(math.prod(s) for p, s in block.items() if linear_path(p) not in linears)
     outer = sum(math.prod(stored.shape) for stored in family.outer_tensors(config).values())
     packed = sum(_packed_bytes(*shape) for shape in linears.values())
     base = config.layers * (packed + 2 * kept) + 2 * outer
@@ -69,14 +71,14 @@ def account_training(config: ModelConfig, base: int) -> dict[str, Any]:
     """
     family = families.family(config.family)
     block = family.block_shapes(config)
-    kernels = [shape for path, shape in block.items() if path.endswith("/kernel")]
+    linears = {site.path: site for site in linear_sites(config)}
     outer = sum(math.prod(stored.shape) for stored in family.outer_tensors(config).values())
     numbers = config.layers * sum(math.prod(shape) for shape in block.values()) + outer
-    widths = sum(sum(block[f"{path}/kernel"]) for path in TUNED)
+    widths = sum(linears[path].d_in + linears[path].d_out for path in TUNED)
     trained = 4 * config.layers * TUNED_RANK * widths
     parts = update_parts(config, trained, TUNED_TOKENS, 2, recomputed=True)
     beside = sum(parts.values())
-    packed = base + beside + tile_bytes(max(math.prod(shape) for shape in kernels))
+    packed = base + beside + tile_bytes(max(math.prod(site.shape) for site in linears.values()))
     dense16, dense32 = 2 * numbers + beside, 4 * numbers + beside
     return {
         "rank": TUNED_RANK,

@@ -6,19 +6,20 @@ On a CPU host and device are one memory, and the host's peak holds both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from lqec_jax.core.types import Step
 from lqec_jax.core.walking import STREAM_TOKENS
+from lqec_jax.io.sources.source import keeps_blocks
 from lqec_jax.models.config import ModelConfig
+from lqec_jax.models.decoder import count_kept, needs_remat
 from lqec_jax.planning.sizes import Sizes
+from lqec_jax.planning.training import Training, read_training
 from lqec_jax.recipe import Recipe
-from lqec_jax.runs.driver import REMAT_BYTES
-from lqec_jax.train.losses import VOCAB_CHUNK
-from lqec_jax.train.update import count_parts
+from lqec_jax.train.vocabulary import VOCAB_CHUNK
 from lqec_kernels.formats import CompressedLinear, Dense
 from lqec_kernels.reference import TILE_ELEMENTS
 
@@ -37,7 +38,7 @@ KEPT, PASSING = 4, 2
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSize:
     """How many windows a run reads, `score` of them to be measured on, of `seqlen` tokens."""
 
     seqlen: int
@@ -55,19 +56,24 @@ class Phase:
 
 
 def estimate_phases(
-    sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool, one_window: bool = False
+    sizes: Sizes, recipe: Recipe, text: TextSize, *, on_cpu: bool, one_window: bool = False
 ) -> list[Phase]:
     """Returns every phase with its parts.
 
     Args:
       one_window: training walks a batch one window at a time, `accumulate` equal to `batch`.
     """
-    phases = [_stream(sizes, recipe, text, on_cpu)]
+    phases = [_add_host(_stream(sizes, recipe, text, on_cpu), _dense_kept(sizes, recipe))]
     for step in recipe.steps:
         if step.scope == "block":
-            phases.append(_train_block(sizes, step, text, on_cpu))
+            training = read_training(step)
+            of = _train_on_moments if training.on_moments else _train_block
+            phase = of(sizes, step, training, text, on_cpu)
+            phases.append(_add_host(phase, _dense_kept(sizes, recipe)))
         if step.scope == "model":
-            phases.append(_train(sizes, step, text, on_cpu, one_window))
+            remat = needs_remat(sizes.config, text.seqlen, recipe.largest_batch)
+            phase = _train(sizes, step, text, on_cpu, one=one_window, remat=remat)
+            phases.append(_add_host(phase, _dense_kept(sizes, recipe)))
     return phases
 
 
@@ -81,16 +87,17 @@ def device_peak(phases: list[Phase]) -> int:
     return max(sum(phase.device.values()) for phase in phases)
 
 
-def run_bytes(sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool) -> int:
+def run_bytes(sizes: Sizes, recipe: Recipe, text: TextSize, *, on_cpu: bool) -> int:
     """Returns what OUT.partial holds at most: streams, blocks of every phase, one checkpoint."""
     teacher = 2 * _slot(sizes, text.windows, text, on_cpu)
     walked = text.windows if recipe.reads_student else text.score
     student = 2 * _slot(sizes, walked, text, on_cpu)
     phases = len(recipe.phases)
-    scopes = {step.scope for step in recipe.steps}
+    blocks = [read_training(step) for step in recipe.steps if step.scope == "block"]
     counts = [_count_trained(sizes, step) for step in recipe.steps if step.scope == "model"]
     trained = 4 * max(counts, default=0)
-    answers = _slot(sizes, text.windows, text, on_cpu) if "block" in scopes else 0
+    answered = any(not training.on_moments for training in blocks)
+    answers = _slot(sizes, text.windows, text, on_cpu) if answered else 0
     predictions = text.windows * text.seqlen * max(_scratch(sizes, s) for s in recipe.steps)
     fisher = 0
     if "fisher" in recipe.needs:  # what enters every block, and the result
@@ -100,12 +107,24 @@ def run_bytes(sizes: Sizes, recipe: Recipe, text: Text, *, on_cpu: bool) -> int:
     return teacher + student + max(answers, predictions) + fisher + kept
 
 
-def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
+def _dense_kept(sizes: Sizes, recipe: Recipe) -> dict[str, int]:
+    """Returns the dense blocks that a run keeps, if it does."""
+    if not (recipe.reads_dense_again and keeps_blocks(sizes.dense_block, sizes.config)):
+        return {}
+    return {"dense blocks, kept for later phases": sizes.config.layers * sizes.dense_block}
+
+
+def _add_host(phase: Phase, more: Mapping[str, int]) -> Phase:
+    return replace(phase, host={**phase.host, **more})
+
+
+def _stream(sizes: Sizes, recipe: Recipe, text: TextSize, on_cpu: bool) -> Phase:
     width = _compute_bytes(on_cpu)
     tokens = min(STREAM_TOKENS, text.windows * text.seqlen) // text.seqlen * text.seqlen
     host = {
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both ends of a stream, as mapped files": 2 * _slot(sizes, text.windows, text, on_cpu),
     }
     device = {
@@ -122,17 +141,18 @@ def _stream(sizes: Sizes, recipe: Recipe, text: Text, on_cpu: bool) -> Phase:
     return Phase(" | ".join(s.name for s in recipe.steps if s.scope != "model"), host, device)
 
 
-def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
+def _train_block(
+    sizes: Sizes, step: Step, training: Training, text: TextSize, on_cpu: bool
+) -> Phase:
     """Returns what one block takes while a block step trains it, the streams around it included."""
-    width, batch = _compute_bytes(on_cpu), step.arguments["batch"]
-    tokens = batch // count_parts(batch, text.seqlen, backend=_backend(on_cpu)) * text.seqlen
-    shapes = ((row["d_in"], row["d_out"]) for row in sizes.rows)
-    leaves = (CompressedLinear(Dense(jax.ShapeDtypeStruct(s, jnp.float32))) for s in shapes)
-    trained = 4 * sum(step.trained(leaf) for leaf in leaves)
+    width = _compute_bytes(on_cpu)
+    tokens = training.count_at_once(text.seqlen, _backend(on_cpu)) * text.seqlen
+    trained = 4 * sum(_count_trained_of_each(sizes, step))
     host = {
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
         "both streams and the answers, as mapped files": 3
         * _slot(sizes, text.windows, text, on_cpu),
     }
@@ -142,33 +162,66 @@ def _train_block(sizes: Sizes, step: Step, text: Text, on_cpu: bool) -> Phase:
         "what is trained, its moments, the best": KEPT * trained,
         "gradients": PASSING * trained,
         "its weights as they would be stored, and their gradients": 2 * 4 * _block_weights(sizes),
-        "activations": tokens * (_block_width(sizes.config) + 3 * sizes.config.d_model) * width,
+        "activations": tokens * (count_kept(sizes.config) + 3 * sizes.config.d_model) * width,
     }
     return Phase(f"{step.name}, one block", host, device)
 
 
-def _train(sizes: Sizes, step: Step, text: Text, on_cpu: bool, one: bool) -> Phase:
+def _train_on_moments(
+    sizes: Sizes, step: Step, training: Training, text: TextSize, on_cpu: bool
+) -> Phase:
+    """Returns what a block takes while its weights are trained one after another, on moments."""
+    width, trained = _compute_bytes(on_cpu), 4 * max(_count_trained_of_each(sizes, step))
+    tokens = max(min(STREAM_TOKENS, text.windows * text.seqlen), text.seqlen)
+    host = {
+        "compiling an update": TRAINING,
+        "embedding, norm and head": sizes.outer,
+        "one dense block": sizes.dense_block,
+        "the compressed model, as far as it is": sizes.config.layers * sizes.block,
+        "both streams, as mapped files": 2 * _slot(sizes, text.windows, text, on_cpu),
+    }
+    # Of the training windows and of the others, beside two sums of tokens that grow into them.
+    moments = max(2 * d_in * (d_in + d_out) for d_in, d_out in sizes.groups) + 4 * sizes.widest**2
+    device = {
+        "embedding, norm and head": sizes.outer,
+        "one dense block": sizes.dense_block,
+        "one compressed block": sizes.block,
+        "moments of what a group of linears reads": 4 * moments,
+        "what is trained of a weight, its moments, the best": KEPT * trained,
+        "gradients": PASSING * trained,
+        "a weight as it would be stored, what it lacks, and gradients": COPIES * 4 * sizes.largest,
+        "activations": 2 * tokens * _forward_width(sizes) * width,
+    }
+    return Phase(f"{step.name}, one block", host, device)
+
+
+def _count_trained_of_each(sizes: Sizes, step: Step) -> list[int]:
+    """Returns how many numbers a block step trains for each of a block's linears."""
+    shapes = ((row["d_in"], row["d_out"]) for row in sizes.rows)
+    leaves = (CompressedLinear(Dense(jax.ShapeDtypeStruct(s, jnp.float32))) for s in shapes)
+    return [step.count(leaf) for leaf in leaves]
+
+
+def _train(
+    sizes: Sizes, step: Step, text: TextSize, on_cpu: bool, *, one: bool, remat: bool
+) -> Phase:
     width, trained = _compute_bytes(on_cpu), 4 * _count_trained(sizes, step)
-    arguments = step.arguments
-    batch = arguments["batch"]
-    parts = arguments["accumulate"] or count_parts(batch, text.seqlen, backend=_backend(on_cpu))
-    at_once = 1 if one else batch // parts
+    training = read_training(step)
+    at_once = 1 if one else training.count_at_once(text.seqlen, _backend(on_cpu))
     tokens, config = at_once * text.seqlen, sizes.config
-    # As `runs.driver` chooses: blocks are recomputed where keeping them would take too much.
-    all_kept = 4 * batch * text.seqlen * config.layers * _block_width(config)
     host = {
         "compiling an update": TRAINING,
         "embedding, norm and head": sizes.outer,
         "the teacher's answers, as a mapped file": _slot(sizes, text.windows, text, on_cpu),
-        # Blocks are read one by one and stacked, and come back to be written.
+        # Blocks are kept on the host one by one, and come back to be written.
         "the compressed model again, to be read and written": sizes.config.layers * sizes.block,
     }
     device = {
         "the compressed model": sizes.student,
-        **update_parts(config, trained, tokens, width, recomputed=all_kept > REMAT_BYTES),
+        **update_parts(config, trained, tokens, width, recomputed=remat),
         "tiles of dense weights": tile_bytes(sizes.largest),
     }
-    if predictions := batch * text.seqlen * _scratch(sizes, step):
+    if predictions := training.schedule.batch * text.seqlen * _scratch(sizes, step):
         device["what the teacher predicts of a batch"] = predictions
     return Phase(step.name, host, device)
 
@@ -184,7 +237,7 @@ def update_parts(
       width: bytes of an activation.
       recomputed: of a block nothing is kept but its input.
     """
-    block, inputs = _block_width(config) * width, config.layers * config.d_model * width
+    block, inputs = count_kept(config) * width, config.layers * config.d_model * width
     chunk = min(config.vocab_size, VOCAB_CHUNK)
     head = chunk * config.d_model * 4 if config.vocab_size > VOCAB_CHUNK else 0
     return {
@@ -202,24 +255,20 @@ def tile_bytes(largest: int) -> int:
 
 def _scratch(sizes: Sizes, step: Step) -> int:
     """Returns the bytes that a model step keeps of every token's teacher."""
-    return 0 if step.scratch_bytes is None else step.scratch_bytes(sizes.config.vocab_size)
+    return step.scratch_bytes(sizes.config.vocab_size) if step.scope == "model" else 0
 
 
 def _count_trained(sizes: Sizes, step: Step) -> int:
-    """Returns how many numbers a model step trains: the adapters', unless it says otherwise."""
-    if step.trained is None:
-        return sizes.adapters
-    return sizes.config.layers * sum(step.trained(leaf) for leaf in sizes.leaves)
+    """Returns how many numbers a model step trains."""
+    paths = (row["path"] for row in sizes.rows)
+    moved = (leaf for path, leaf in zip(paths, sizes.leaves, strict=True)
+             if path not in step.leave_out)  # fmt: skip
+    return sizes.config.layers * sum(step.count(leaf) for leaf in moved)
 
 
-def _slot(sizes: Sizes, windows: int, text: Text, on_cpu: bool) -> int:
+def _slot(sizes: Sizes, windows: int, text: TextSize, on_cpu: bool) -> int:
     """Returns the bytes of one end of a stream."""
     return windows * text.seqlen * sizes.config.d_model * _compute_bytes(on_cpu)
-
-
-def _block_width(config: ModelConfig) -> int:
-    """Returns the numbers a block keeps of one token until its backward pass."""
-    return 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
 
 
 def _block_weights(sizes: Sizes) -> int:

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.sites import get_all, put_all
+from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact.artifact import name_arrays, shard_arrays
+from lqec_jax.io.artifact.artifact import name_arrays
 from lqec_jax.io.artifact.leaves import name_format
-from lqec_jax.io.files import measure_tensors
-from lqec_jax.io.sources.hf import INDEX, SINGLE, Checkpoint, check_tensors, find_folder, read_json
+from lqec_jax.io.files import measure_tensors, read_json
+from lqec_jax.io.sources.source import open_dense, open_folder
+from lqec_jax.io.tensor_file import shard_arrays
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import model_fns
@@ -37,6 +39,7 @@ class Sizes:
       outer: embedding, last norm and head.
       adapters: numbers in low-rank corrections.
       leaves: what becomes of one block's linears, as shapes.
+      groups: (d_in, sum of d_out) of the linears that read one input, in data-flow order.
       largest: numbers in the largest linear.
     """
 
@@ -51,6 +54,7 @@ class Sizes:
     outer: int
     adapters: int
     leaves: tuple[CompressedLinear, ...]
+    groups: tuple[tuple[int, int], ...]
     largest: int
 
     @property
@@ -85,21 +89,20 @@ def measure_model(folder: str, recipe: Recipe) -> Sizes:
     family = families.family(config.family)
     fns = model_fns(config)
     shapes = family.block_shapes(config)
-    leaves = preview(fns, {path: shapes[f"{path}/kernel"] for path in fns.linears}, recipe)
+    leaves = preview(fns, {site.path: site.shape for site in fns.sites}, recipe)
     dense: Params = {}
     for path, shape in shapes.items():
         dense = set_at(dense, path, jax.ShapeDtypeStruct(shape, dtype))
-    block = dense = with_constants(config, 0, dense)
-    for path, leaf in leaves.items():
-        block = set_at(block, f"{path}/kernel", leaf)
+    dense = with_constants(config, 0, dense)
+    block = put_all(dense, leaves)
     outer: Params = {}
     for path, stored in family.outer_tensors(config).items():
         outer = set_at(outer, path, jax.ShapeDtypeStruct(stored.inner_shape, dtype))
-    return _measure(config, np.dtype(dtype), fns.linears, dense, block, outer)
+    return _measure(config, np.dtype(dtype), fns.linear_groups, dense, block, outer)
 
 
-def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params) -> Sizes:
-    kernels = {path: get_at(block, f"{path}/kernel") for path in linears}
+def _measure(config, dtype, groups, dense: Params, block: Params, outer: Params) -> Sizes:
+    kernels = get_all(block, [path for group in groups for path in group])
     rows = tuple(_row(path, leaf, config.layers) for path, leaf in kernels.items())
     params = {**outer, "blocks": ((_stack(block, config.layers)),)}
     arrays, _ = name_arrays(jax.tree.map(_stand_in, params))
@@ -119,6 +122,9 @@ def _measure(config, dtype, linears, dense: Params, block: Params, outer: Params
         outer=_bytes(outer),
         adapters=config.layers * adapters,
         leaves=tuple(kernels.values()),
+        groups=tuple(
+            (kernels[group[0]].d_in, sum(kernels[path].d_out for path in group)) for group in groups
+        ),
         largest=max(counts),
     )
 
@@ -150,15 +156,12 @@ def _bytes(tree: Any) -> int:
 
 def _open(name: str) -> tuple[ModelConfig, Any]:
     """Returns the model and the dtype its weights are stored in."""
-    folder = find_folder(name)
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        checkpoint = Checkpoint.open(folder)
-        config = families.read_config(checkpoint.config)
-        family = families.family(config.family)
-        check_tensors(checkpoint, family, config)
-        return config, checkpoint.dtype(family.outer_tensors(config)["embed/embedding"].name)
-    raw = read_json(folder / "config.json")
-    return families.read_config(raw), _named_dtype(folder, raw)
+    found = open_folder(name)
+    if found.kind in ("bare", "flax"):  # of Flax weights the headers say nothing
+        raw = read_json(found.folder / "config.json")
+        return families.read_config(raw), _named_dtype(found.folder, raw)
+    checkpoint, config, family = open_dense(found)
+    return config, checkpoint.dtype(family.outer_tensors(config)["embed/embedding"].name)
 
 
 def _named_dtype(folder: Any, raw: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.bases import base_target, inner_gram, replace_base
 from lqec_jax.core.group_grid import GroupGrid, make_grid
-from lqec_jax.core.types import LinearProblem, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStep, output_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import ChannelScale, CompressedLinear
 
@@ -148,7 +148,7 @@ def awq(
     n_grid: int = 20,
     clip_search: bool = True,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by the rounding of its scaled channels.
 
     Args:
@@ -173,9 +173,8 @@ def awq(
                                 clip=clip_search)  # fmt: skip
         return dataclasses.replace(replace_base(leaf, base), input_transform=ChannelScale(stored))
 
-    return Step(
+    return LinearStep(
         name="awq",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
                    "n_grid": n_grid, "clip_search": clip_search, "scale_dtype": scale_dtype},

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import Affine, CompressedLinear
@@ -189,7 +189,7 @@ def bcq(
     rounds: int = 15,
     shift: bool = False,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by a sum of scaled signs; needs no data.
 
     Args:
@@ -229,9 +229,8 @@ def bcq(
             )
         return replace_base(leaf, recode(uniform))
 
-    return Step(
+    return LinearStep(
         name="bcq",
-        scope="linear",
         run=rewrite if init == "base" else fit,
         arguments={"init": init} if init == "base" else arguments,
         objective=weight_error,

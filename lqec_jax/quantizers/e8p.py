@@ -25,7 +25,7 @@ from lqec_jax.core.arguments import check_int, check_number
 from lqec_jax.core.bases import base_target, inner_gram, kept, replace_base
 from lqec_jax.core.ldlq import ldlq
 from lqec_jax.core.rotations import largest_block, rotate_inputs, rotate_outputs
-from lqec_jax.core.types import LinearProblem, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStep, output_error
 from lqec_jax.errors import InputError
 from lqec_kernels.codebook import Codebook
 from lqec_kernels.formats import CompressedLinear
@@ -152,7 +152,7 @@ def _pack(codes: list[jax.Array], scale: jax.Array, bits: int, d_in: int) -> Cod
     return Sum(base, pack(second[0], table, scale / finer))
 
 
-def e8p(*, bits: int = 2, damp: float = 0.01, passes: int = 10) -> Step:
+def e8p(*, bits: int = 2, damp: float = 0.01, passes: int = 10) -> LinearStep:
     """Makes the step that rotates both sides and rounds to E8P with error feedback.
 
     Rotations that are there already, from `hadamard`, are taken as they are.
@@ -179,9 +179,8 @@ def e8p(*, bits: int = 2, damp: float = 0.01, passes: int = 10) -> Step:
         )
         return replace_base(leaf, base), facts
 
-    return Step(
+    return LinearStep(
         name="e8p",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "damp": damp, "passes": passes},
         needs=frozenset({"gram"}),

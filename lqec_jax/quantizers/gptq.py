@@ -21,7 +21,7 @@ from lqec_jax.core.bases import base_target, inner_gram, kept, replace_base
 from lqec_jax.core.grids import group_rows
 from lqec_jax.core.group_grid import GroupGrid, make_grid
 from lqec_jax.core.ldlq import block_of, ldlq
-from lqec_jax.core.types import LinearProblem, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStep, output_error
 from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "IST-DASLab/gptq@2d65066 gptq.py"
@@ -112,7 +112,7 @@ def gptq(
     damp: float = 0.01,
     clip_search: bool | str = "weight",
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by its rounding with error feedback.
 
     Args:
@@ -140,9 +140,8 @@ def gptq(
                                act_order=act_order, damp=damp, keep=kept(leaf))  # fmt: skip
         return replace_base(leaf, base), facts
 
-    return Step(
+    return LinearStep(
         name="gptq",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
                    "act_order": act_order, "damp": damp, "clip_search": clip_search,

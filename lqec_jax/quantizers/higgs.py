@@ -23,7 +23,7 @@ from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.bases import base_target, replace_base
 from lqec_jax.core.rotations import largest_block, rotate_inputs
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.codebook import Codebook
 from lqec_kernels.formats import CompressedLinear
 from lqec_kernels.tables import find_table
@@ -52,7 +52,9 @@ def quantize(w: jax.Array, table: str, group_size: int, dtype=jnp.float16) -> Co
     return Codebook.from_codes(codes, scales[:, 0], table=table, group_size=group_size, d_in=d_in)
 
 
-def higgs(*, bits: int = 4, p: int = 2, block: int = 512, scale_dtype: str = "float16") -> Step:
+def higgs(
+    *, bits: int = 4, p: int = 2, block: int = 512, scale_dtype: str = "float16"
+) -> LinearStep:
     """Makes the step that rotates the inputs and rounds to a grid for normal weights.
 
     A rotation that the inputs have already, from `hadamard`, is taken as it is.
@@ -77,9 +79,8 @@ def higgs(*, bits: int = 4, p: int = 2, block: int = 512, scale_dtype: str = "fl
         base = quantize(base_target(leaf), table, group_size, jnp.dtype(scale_dtype))
         return replace_base(leaf, base)
 
-    return Step(
+    return LinearStep(
         name="higgs",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "p": p, "block": block, "scale_dtype": scale_dtype},
         objective=weight_error,

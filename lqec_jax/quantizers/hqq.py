@@ -7,7 +7,8 @@ that of the group's range; the zero alternates between the two exact halves of
     e ← shrink_p(w - ŵ, β),   z ← mean(u - (w - e) / s),   β ← κ β
 
 Reference: mobiusml/hqq. Differs: every group keeps the best zero it met, judged as it is stored,
-where the reference stops all groups at once; weights are measured in units of their column's rms,
+where the reference stops all groups at once and keeps the last; β grows, where the reference's
+default loop leaves it (κ = 1); weights are measured in units of their column's rms,
 so that the shrinkage means the same in every layer (in the reference's units weights of a few
 hundredths are never shrunk at all); a range is never so narrow that a float16 zero could not say
 where it lies.
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, check_number, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.types import LinearProblem, Step
+from lqec_jax.core.types import LinearProblem, LinearStep
 from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "mobiusml/hqq@e0b1d00 hqq/core/optimize.py"
@@ -136,7 +137,7 @@ def hqq(
     rounds: int = 20,
     round_zero: bool = False,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by half-quadratic grids; needs no data.
 
     Defaults are the authors'. A small Llama at 2 bits in groups of 32 has perplexity 8.1 with them,
@@ -168,9 +169,8 @@ def hqq(
         base = quantize(w, bits, group, solver, round_zero=round_zero, dtype=jnp.dtype(scale_dtype))
         return replace_base(leaf, base)
 
-    return Step(
+    return LinearStep(
         name="hqq",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size, **solver._asdict(),
                    "round_zero": round_zero, "scale_dtype": scale_dtype},

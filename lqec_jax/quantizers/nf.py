@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.formats import CompressedLinear
 from lqec_kernels.tables import find_table
@@ -56,7 +56,7 @@ def nf(
     group_size: int | None = 64,
     double: bool = False,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by its NormalFloat rounding.
 
     Args:
@@ -77,9 +77,8 @@ def nf(
         )
         return replace_base(leaf, base)
 
-    return Step(
+    return LinearStep(
         name="nf",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size, "double": double,
                    "scale_dtype": scale_dtype},

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.bases import base_target, replace_base, scale_inputs
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import CompressedLinear
 
@@ -71,7 +71,7 @@ def project(size: jax.Array, factor: jax.Array, axis: int) -> jax.Array:
     return jnp.sum(factor * size, axis=axis, keepdims=True) / jnp.where(square > 0, square, 1.0)
 
 
-def onebit(*, group_size: int | None = None, scale_dtype: str = "float16") -> Step:
+def onebit(*, group_size: int | None = None, scale_dtype: str = "float16") -> LinearStep:
     """Makes the step that replaces the base by signs; needs no data.
 
     The input factors become an input transform, the output factors the base's scales.
@@ -91,9 +91,8 @@ def onebit(*, group_size: int | None = None, scale_dtype: str = "float16") -> St
         base, b = quantize(w, group, dtype=jnp.dtype(scale_dtype))
         return scale_inputs("onebit", replace_base(leaf, base), b)
 
-    return Step(
+    return LinearStep(
         name="onebit",
-        scope="linear",
         run=run,
         arguments={"group_size": group_size, "scale_dtype": scale_dtype},
         objective=weight_error,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lqec_jax.core.bases import base_target, inner_rms, replace_base
 from lqec_jax.core.grids import group_rows
 from lqec_jax.core.group_grid import GroupGrid, make_grid
-from lqec_jax.core.types import LinearProblem, Step, channel_error, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, channel_error, weight_error
 from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "IST-DASLab/gptq@2d65066 quant.py"
@@ -49,7 +49,7 @@ def rtn(
     symmetric: bool = False,
     clip_search: bool | str = False,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by its rounding.
 
     Args:
@@ -69,9 +69,8 @@ def rtn(
         rms = inner_rms("rtn", problem, leaf) if by_output else None
         return replace_base(leaf, quantize(base_target(leaf), grid, rms))
 
-    return Step(
+    return LinearStep(
         name="rtn",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
                    "clip_search": clip_search, "scale_dtype": scale_dtype},

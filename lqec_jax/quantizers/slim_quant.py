@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_choice, check_int, check_number
 from lqec_jax.core.bases import base_target, inner_rms, replace_base, scale_inputs
-from lqec_jax.core.types import LinearProblem, Step, channel_error, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, channel_error, weight_error
 from lqec_kernels.formats import Affine, CompressedLinear
 
 REFERENCE = "Paramathic/slim@09a5676 slim/quantization/quantization.py"
@@ -115,7 +115,7 @@ def find_salient(w: jax.Array, rms: jax.Array, fraction: float) -> jax.Array:
 SEARCHES = {"exact": search_exactly, "integral": search_by_integral}
 
 
-def slim_quant(*, bits: int = 4, search: str = "exact", boost: float = 0.0) -> Step:
+def slim_quant(*, bits: int = 4, search: str = "exact", boost: float = 0.0) -> LinearStep:
     """Makes the step that replaces the base by one uniform grid for all of it.
 
     Args:
@@ -139,9 +139,8 @@ def slim_quant(*, bits: int = 4, search: str = "exact", boost: float = 0.0) -> S
             w, weight = salient[:, None] * w, jnp.square(rms / salient)[:, None]
         return replace_base(leaf, quantize(w, bits, SEARCHES[search](w, bits, weight)))
 
-    return Step(
+    return LinearStep(
         name="slim_quant",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "search": search, "boost": boost},
         needs=frozenset({"rms"}) if boost else frozenset(),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_choice, check_int, check_number
 from lqec_jax.core.bases import base_target, inner_rms, replace_base
-from lqec_jax.core.types import LinearProblem, Step, channel_error, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, channel_error, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.codebook import Codebook
 from lqec_kernels.formats import ChannelScale, CompressedLinear
@@ -171,7 +171,7 @@ def squeezellm(
     weights: str = "fisher",
     outliers: float = 0.0045,
     level_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by levels of each column, and adds outliers.
 
     Args:
@@ -199,9 +199,8 @@ def squeezellm(
         new = replace_base(leaf, quantize(w, counted, bits, dtype=jnp.dtype(level_dtype)))
         return new if places is None else _add_outliers(new, w, places)
 
-    return Step(
+    return LinearStep(
         name="squeezellm",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "weights": weights, "outliers": outliers,
                    "level_dtype": level_dtype},

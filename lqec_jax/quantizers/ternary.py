@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, check_number, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import CompressedLinear
 
@@ -75,7 +75,7 @@ def ternary(
     threshold: float = 0.7,
     shift: bool = True,
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that replaces the base by a ternary one; needs no data.
 
     Two bits a weight are stored, where log2(3) = 1.585 would do.
@@ -98,9 +98,8 @@ def ternary(
         dtype = jnp.dtype(scale_dtype)
         return replace_base(leaf, quantize(w, group, threshold=threshold, shift=shift, dtype=dtype))
 
-    return Step(
+    return LinearStep(
         name="ternary",
-        scope="linear",
         run=run,
         arguments={"group_size": group_size, "threshold": threshold, "shift": shift,
                    "scale_dtype": scale_dtype},

@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from lqec_jax.calibration.collect import collect
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core import sites
 from lqec_jax.core.types import (
     BlockProblem,
-    BlockSolution,
     LinearProblem,
     LinearStats,
     ModelFns,
     Params,
+    Solution,
     Step,
+    Work,
 )
 from lqec_jax.errors import InputError
 from lqec_jax.runs.linears import apply_steps, describe
 from lqec_jax.runs.streams import Streams
+from lqec_jax.train.fit import NoSession
 from lqec_kernels.formats import CompressedLinear, Dense
 
 
@@ -98,9 +100,9 @@ class BlockChain:
                 key = jax.random.fold_in(self.key, number)
                 own = replace(stats, fisher=fisher[path]) if fisher else stats
                 problem = LinearProblem(_weight(dense, path), own, key)
-                leaf = get_at(block, f"{path}/kernel")
+                leaf = sites.get(block, path)
                 leaf, reports[name] = apply_steps(name, steps, problem, leaf)
-                block = set_at(block, f"{path}/kernel", leaf)
+                block = sites.put(block, path, leaf)
         return block, reports
 
     def _collect(self, layer: int, block: Params, path: str, needs: frozenset[str]) -> LinearStats:
@@ -119,24 +121,40 @@ class BlockChain:
             teacher=teacher[:count],
             student=student[:count],
             train=self.train,
-            key=jax.random.fold_in(jax.random.fold_in(self.key, 2**21 + self.phase), layer),
-            progress=self.progress,
-            scratch=self.streams.run.folder / "scratch.bin",
+            work=Work(
+                key=jax.random.fold_in(jax.random.fold_in(self.key, 2**21 + self.phase), layer),
+                session=BlockSession(self.progress),
+                scratch=self.streams.run.folder / "scratch.bin",
+            ),
         )
         try:
             solution = step.run(problem)
         except InputError as error:
             raise InputError(f"{error} (at blocks/{layer})") from error
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in _floats(solution.block)):
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in _floats(solution.params)):
             raise FloatingPointError(f"{step.name} made blocks/{layer} non-finite ({step})")
-        return solution.block, {"phase": self.phase, "layer": layer, **describe_fit(step, solution)}
+        return solution.params, {
+            "phase": self.phase,
+            "layer": layer,
+            **describe_fit(step, solution),
+        }
 
     def _describe(self, layer: int, dense: Params, block: Params) -> dict[str, dict]:
         names = {path: f"blocks/{layer}/{path}" for path in self.streams.fns.linears}
         return {
-            name: describe(name, _weight(dense, path), get_at(block, f"{path}/kernel"))
+            name: describe(name, _weight(dense, path), sites.get(block, path))
             for path, name in names.items()
         }
+
+
+class BlockSession(NoSession):
+    """Hands on how far a block's training is; a block that was interrupted begins anew."""
+
+    def __init__(self, tell: Callable[[int, int, str], None]):
+        self._tell = tell
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        self._tell(done, total, message or "update")
 
 
 def _without_steps(reports: dict[str, dict]) -> dict[str, dict]:
@@ -149,7 +167,7 @@ def _add_reports(before: dict[str, dict], after: dict[str, dict]) -> dict[str, d
     return {n: {**r, "steps": earlier.get(n, []) + r["steps"]} for n, r in after.items()}
 
 
-def describe_fit(step: Step, solution: BlockSolution | Any) -> dict[str, Any]:
+def describe_fit(step: Step, solution: Solution) -> dict[str, Any]:
     """Returns what is reported of a training, a block's or the whole model's."""
     return {
         "method": step.name,
@@ -161,15 +179,11 @@ def describe_fit(step: Step, solution: BlockSolution | Any) -> dict[str, Any]:
 
 def wrap_linears(fns: ModelFns, dense: Params) -> Params:
     """Makes every linear of a dense block a CompressedLinear with nothing compressed yet."""
-    for path in fns.linears:
-        dense = set_at(
-            dense, f"{path}/kernel", CompressedLinear(Dense(get_at(dense, f"{path}/kernel")))
-        )
-    return dense
+    return sites.map_block(dense, fns.sites, lambda w: CompressedLinear(Dense(w)))
 
 
 def _weight(dense: Params, path: str) -> jax.Array:
-    return get_at(dense, f"{path}/kernel").astype(jnp.float32)
+    return sites.get(dense, path).astype(jnp.float32)
 
 
 def _floats(block: Params) -> list[jax.Array]:

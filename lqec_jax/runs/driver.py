@@ -6,11 +6,15 @@ When the last block is done the teacher's stream is the cached target of the mod
 dense teacher runs once and is never held whole.
 
 Peak host memory: one dense block in float32, the packed student, one batch of windows; the streams
-are files. A finished block is committed with both streams, see `runs.folder`.
+are files. A finished block is committed with both streams, see `runs.folder`; the last model step's
+result is not, it becomes the artifact.
+
+A dense block is read once for its compression, the teacher's walk and its report; once more for
+every later phase that compares with it, unless the model is small, see `io.sources.source`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,62 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.calibration.fisher import diagonal_fisher
+from lqec_jax.core import sites
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
-from lqec_jax.core.types import ModelProblem, Params, Step
+from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
 from lqec_jax.io.files import write_tensors
+from lqec_jax.io.sources.source import Source, keep_blocks
 from lqec_jax.io.tensor_file import read_entry, read_header
-from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.decoder import model_fns
+from lqec_jax.models.decoder import model_fns, needs_remat
 from lqec_jax.recipe import Recipe
 from lqec_jax.runs.blocks import BlockChain, Chained, describe_fit, wrap_linears
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
 from lqec_jax.runs.linears import describe
 from lqec_jax.runs.streams import Streams
-
-# Activations of a training update above which blocks are recomputed in the backward pass, in bytes.
-REMAT_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where dense weights come from, one block at a time.
-
-    Attributes:
-      config: the model.
-      outer: embedding, norm and head.
-      block: layer number -> one block's tree, kernels [d_in, d_out].
-      fingerprint: sha256 of the checkpoint.
-    """
-
-    config: ModelConfig
-    outer: Params
-    block: Callable[[int], Params]
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """The windows of a run, int32 [n, T] each.
-
-    Stages are measured on `held_out`, or on the validation windows where it is empty.
-    """
-
-    train: np.ndarray
-    val: np.ndarray
-    held_out: np.ndarray
-    protocol: str
-
-    @property
-    def windows(self) -> np.ndarray:
-        return np.concatenate([self.train, self.val, self.held_out])
-
-    @property
-    def score(self) -> np.ndarray:
-        """Returns the windows that stages are measured on: always the last of `windows`."""
-        return self.held_out if len(self.held_out) else self.val
+from lqec_jax.runs.student import Student
+from lqec_jax.runs.text import Text
 
 
 @dataclass
@@ -93,7 +57,10 @@ class Driver:
 
     def __post_init__(self) -> None:
         config = self.source.config
-        self.fns = model_fns(config, self.dtype, remat=_needs_remat(config, self.text))
+        if self.recipe.reads_dense_again:
+            self.source = keep_blocks(self.source)
+        remat = needs_remat(config, self.text.seqlen, self.recipe.largest_batch)
+        self.fns = model_fns(config, self.dtype, remat=remat)
         self.outer = jax.tree.map(jnp.asarray, self.source.outer)
         self.key = jax.random.key(self.seed)
         # Without statistics the student is only ever read where it is scored.
@@ -103,6 +70,7 @@ class Driver:
             "student": windows if self.recipe.reads_student else self.text.score,
         }
         self.streams = Streams(self.run, self.fns, walked, config.d_model, self.dtype)
+        self.student = Student(self.run, self.outer, config.layers)
 
     @property
     def phases(self) -> tuple[tuple[Step, ...], ...]:
@@ -111,15 +79,21 @@ class Driver:
         return phases if phases[0][0].scope != "model" else ((), *phases)
 
     def compress(self) -> Params:
-        """Runs what is left of the run and returns the student."""
+        """Runs what is left of the run and returns the student.
+
+        The last phase is finished when the artifact is whole; until then a resumed run repeats what
+        followed its last block, or its last checkpoint.
+        """
+        last = len(self.phases) - 1
         for number in range(self.run.state["phase"], len(self.phases)):
             steps = self.phases[number]
             if steps and steps[0].scope == "model":
-                self._run_model_step(number, steps[0])
+                self._run_model_step(number, steps[0], write=number < last)
             else:
                 self._stream(number, steps)
-            self.run.commit(phase=number + 1, blocks=0)
-        return self._student(len(self.phases) - 1)
+            if number < last:
+                self.run.commit(phase=number + 1, blocks=0, phase_seconds=0.0)
+        return self.student.whole(last)
 
     # ---- streamed phases
 
@@ -134,23 +108,24 @@ class Driver:
         names = ("teacher", "student") if compared else ("student",)
         if done == 0:
             for name in names:
-                own = self.outer if name == "teacher" else self._student_outer(phase - 1)
+                own = self.outer if name == "teacher" else self.student.outer(phase - 1)
                 self.streams.open(own, (name,))
         for layer in range(done, layers):
-            chained = self._compress_block(phase, layer, steps)
+            dense = self._dense_block(layer)
+            chained = self._compress_block(phase, layer, dense, steps)
             for name in names:
-                block = chained.block if name == "student" else self._dense_block(layer)
-                self.streams.advance(name, layer, block)
-            self.run.save_block(phase, layer, chained.block)
+                self.streams.advance(name, layer, chained.block if name == "student" else dense)
+            self.student.put_block(phase, layer, chained.block)
             seconds = self.run.state.get("phase_seconds", 0.0) + time.perf_counter() - started
             started = time.perf_counter()
             self.run.commit(blocks=layer + 1, phase_seconds=seconds, **self._reported(chained))
             self.reporter.advance(layer + 1)
         self._score_streams(phase, steps)
 
-    def _compress_block(self, phase: int, layer: int, steps: Sequence[Step]) -> Chained:
-        dense = self._dense_block(layer)
-        block = self.run.load_block(phase - 1, layer) if phase else wrap_linears(self.fns, dense)
+    def _compress_block(
+        self, phase: int, layer: int, dense: Params, steps: Sequence[Step]
+    ) -> Chained:
+        block = self.student.block(phase - 1, layer) if phase else wrap_linears(self.fns, dense)
         chain = BlockChain(
             streams=self.streams,
             fisher=self._load_fisher,
@@ -206,10 +181,9 @@ class Driver:
             teacher = self._score(self.outer, self.streams.slot("teacher", layers))
             self._add_stage(phase, "teacher", teacher, 0.0)
         if steps:
-            outer = self._student_outer(phase - 1)
+            outer = self.student.outer(phase - 1)
             student = self._score(outer, self.streams.slot("student", layers))
             self._add_stage(phase, _name(steps), student, seconds)
-        self.run.commit(phase_seconds=0.0)
 
     def _score(self, outer: Params, pre_norm) -> Perplexity:
         windows = self.text.score
@@ -228,55 +202,43 @@ class Driver:
 
     # ---- model steps
 
-    def _run_model_step(self, phase: int, step: Step) -> None:
+    def _run_model_step(self, phase: int, step: Step, *, write: bool) -> None:
         session = StepSession(self.run.training(phase), step, self.reporter, time.perf_counter())
         teacher = self.streams.slot("teacher", self.source.config.layers)[
             : len(self.text.train) + len(self.text.val)
         ]
         problem = ModelProblem(
             fns=self.fns,
-            params=self._student(phase - 1),
+            params=self.student.whole(phase - 1),
+            windows=Windows(np.concatenate([self.text.train, self.text.val]), len(self.text.train)),
+            work=Work(
+                key=jax.random.fold_in(self.key, 2**20 + phase),
+                mesh=self.mesh,
+                session=session,
+                scratch=self.run.folder / "scratch.bin",
+            ),
             teacher=teacher,
-            train=self.text.train,
-            val=self.text.val,
-            key=jax.random.fold_in(self.key, 2**20 + phase),
-            mesh=self.mesh,
-            session=session,
-            scratch=self.run.folder / "scratch.bin",
-            outer=None if self.run.load_outer(phase - 1) is None else self.outer,
+            outer=None if self.student.trained_outer(phase - 1) is None else self.outer,
         )
         solution = step.run(problem)
         session.close()
-        self._keep(phase, solution.params)
+        self._keep(phase, solution.params, write=write)
         fit = {"phase": phase, **describe_fit(step, solution)}
         for note in solution.notes:
             self.reporter.say(f"{step.name}: {note}")
         self._replace("fits", fit)
-        score = perplexity(self.fns, self._student(phase), self.text.score, self.text.protocol)
+        student = self.student.whole(phase)
+        score = perplexity(self.fns, student, self.text.score, self.text.protocol)
         self._add_stage(phase, step.name, score, session.seconds())
 
-    def _student(self, phase: int) -> Params:
-        layers = self.source.config.layers
-        blocks = [self.run.load_block(phase, layer) for layer in range(layers)]
-        return {**self._student_outer(phase), "blocks": stack_blocks(blocks)}
-
-    def _student_outer(self, phase: int) -> Params:
-        """Returns the student's embedding, norm and head: the teacher's or its own."""
-        return self.run.load_outer(phase) or self.outer
-
-    def _keep(self, phase: int, params: Params) -> None:
-        """Writes every block of a trained student, and measures its weights anew."""
-        outer = {name: params[name] for name in self.outer}
-        same = jax.tree.map(jnp.array_equal, outer, self._student_outer(phase - 1))
-        if not all(map(bool, jax.tree.leaves(same))):
-            self.run.save_outer(phase, outer)
+    def _keep(self, phase: int, params: Params, *, write: bool) -> None:
+        """Keeps a trained student, and measures its weights anew."""
         linears = dict(self.run.state.get("linears", {}))
-        for layer, block in enumerate(unstack_blocks(jax.device_get(params["blocks"]))):
-            self.run.save_block(phase, layer, block)
+        for layer, block in enumerate(self.student.put(phase, params, write=write)):
             dense = self._dense_block(layer)
             for path in self.fns.linears:
-                leaf = get_at(block, f"{path}/kernel")
-                w = get_at(dense, f"{path}/kernel").astype(jnp.float32)
+                leaf = sites.get(block, path)
+                w = sites.get(dense, path).astype(jnp.float32)
                 name = f"blocks/{layer}/{path}"
                 linears[name] = {**linears[name], **describe(name, w, leaf)}
         self.run.commit(linears=linears)
@@ -284,9 +246,3 @@ class Driver:
 
 def _name(steps: Sequence[Step]) -> str:
     return " | ".join(step.name for step in steps)
-
-
-def _needs_remat(config: ModelConfig, text: Text, batch: int = 8) -> bool:
-    """Says whether a training update of `batch` windows would hold too many activations."""
-    widths = 8 * config.d_model + 4 * config.heads * config.head_dim + 4 * config.d_ff
-    return 4 * batch * text.windows.shape[1] * config.layers * widths > REMAT_BYTES

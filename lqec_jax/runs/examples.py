@@ -4,7 +4,6 @@ The base stays packed. What is trained, and how, is the step `trainings.finetune
 gives it rows of examples in place of calibration windows.
 """
 
-import hashlib
 import inspect
 import math
 import time
@@ -16,20 +15,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from lqec_jax.calibration.data import check_tokens
 from lqec_jax.calibration.examples import Examples, read_examples, weigh
-from lqec_jax.core.arguments import check_int, check_number
+from lqec_jax.core import sites
+from lqec_jax.core.arguments import check_all, check_int, check_number, check_tokens
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.progress import Reporter
-from lqec_jax.core.tree import get_at, is_compressed, unstack_blocks
-from lqec_jax.core.types import Params, Step
+from lqec_jax.core.tree import equal_trees, is_compressed, unstack_blocks
+from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
 from lqec_jax.io.artifact.artifact import name_arrays
+from lqec_jax.io.carried import find_carried
 from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
-from lqec_jax.train.tuning import Tuning, tune
 from lqec_jax.trainings.finetune import finetune
+from lqec_kernels.formats import CompressedLinear
 
 SETTINGS = frozenset(inspect.signature(finetune).parameters)
 SEQLEN = 512
@@ -59,7 +60,7 @@ class TuningJob:
     """A fine-tuning that is checked and not begun.
 
     Attributes:
-      tokens, weights: as in `train.tuning.Tuning`, training rows first.
+      tokens, weights: as in `core.types.Windows`, training rows first.
       facts: what the report says of the data.
     """
 
@@ -77,8 +78,8 @@ class TuningJob:
         return {
             "finetune": str(self.step),
             "seed": self.seed,
-            "model": _hash(name_arrays(self.model.params)[0]),
-            "examples": _hash({"tokens": self.tokens, "weights": self.weights}),
+            "model": hash_arrays(sorted(name_arrays(self.model.params)[0].items())),
+            "examples": hash_arrays([("tokens", self.tokens), ("weights", self.weights)]),
             "dtype": np.dtype(self.model.dtype).name,
         }
 
@@ -92,6 +93,10 @@ class TuningJob:
             words += "their end"
         if facts["dropped_rows"]:
             words += f"; {facts['dropped_rows']} rows had nothing to learn and are left out"
+        if facts["own_ends_rows"]:
+            words += (
+                f"; {facts['own_ends_rows']} rows bring their own BOS or EOS, none gets a second"
+            )
         return words
 
 
@@ -113,6 +118,7 @@ def prepare_tuning(
         )
     if model.tokenizer is None:
         raise InputError("finetune: the model has no tokenizer; put its files beside the weights")
+    find_carried(model.tokenizer, model.folder)  # refuses a link, before any training
     for name in settings:
         if name not in SETTINGS:
             near = did_you_mean(name, SETTINGS)
@@ -126,8 +132,13 @@ def prepare_tuning(
     steps = _count_updates(len(examples.tokens), epochs, settings)
     step = finetune(**settings | steps)
     for segment in model.params["blocks"]:
-        for path in model.fns.linears:
-            step.preview(get_at(segment, f"{path}/kernel"))
+        leaves = sites.get_all(segment, model.fns.sites)
+        sizes = {path: (leaf.d_in, leaf.d_out) for path, leaf in leaves.items()}
+
+        def preview(path: str, leaves: dict = leaves) -> Any:
+            return jax.eval_shape(step.preview, leaves[path])
+
+        check_all(preview, sizes, "every block's ")
     width = max(examples.tokens.shape[1], held.tokens.shape[1])
     tokens, learned = (
         np.concatenate([_widen(part, width - short) for part in parts])
@@ -144,6 +155,7 @@ def prepare_tuning(
         "learned_tokens": int(examples.learned.sum()),
         "cut_rows": examples.cut,
         "dropped_rows": examples.dropped,
+        "own_ends_rows": examples.own_ends + (held.own_ends if rows.val is not None else 0),
         "seqlen": rows.seqlen,
     }
     return TuningJob(model, step, tokens, learned, len(examples.tokens), seed, facts)
@@ -154,9 +166,14 @@ def run_tuning(job: TuningJob, run: Run, mesh: Any, reporter: Reporter) -> Model
     reporter.say(job.data_in_words)
     session = StepSession(run.training(0), job.step, reporter, time.perf_counter())
     model = job.model
-    problem = Tuning(model.fns, model.params, job.tokens, job.weights, job.train,
-                     model.config.d_model, jax.random.key(job.seed), mesh, session)  # fmt: skip
-    solution = tune("finetune", problem, job.step.arguments)
+    solution = job.step.run(
+        ModelProblem(
+            fns=model.fns,
+            params=model.params,
+            windows=Windows(job.tokens, job.train, job.weights),
+            work=Work(jax.random.key(job.seed), mesh, session),
+        )
+    )
     session.close()
     for note in solution.notes:
         reporter.say(f"finetune: {note}")
@@ -165,6 +182,8 @@ def run_tuning(job: TuningJob, run: Run, mesh: Any, reporter: Reporter) -> Model
         "best_update": solution.best_update,
         "history": [point._asdict() for point in solution.history],
         "notes": [job.data_in_words, *solution.notes],
+        # The recipe's text cannot say it: there a finetune trains on the calibration text.
+        "data": {"file": job.facts["data"], "examples": job.fingerprint["examples"]},
     }
     recipe = f"{model.recipe} | {job.step}"
     report = _report(job, solution.params, fit, session.seconds()) | {"recipe": recipe}
@@ -211,20 +230,22 @@ def _widen(array: np.ndarray, width: int) -> np.ndarray:
 
 
 def _report(job: TuningJob, params: Params, fit: dict, seconds: float) -> dict[str, Any]:
-    """Returns the artifact's report, gone on: sizes as they are now, and one training more."""
-    before = job.model.report
-    now = {}
-    for layer, block in enumerate(unstack_blocks(params["blocks"])):
-        for path in job.model.fns.linears:
-            leaf = get_at(block, f"{path}/kernel")
-            if is_compressed(leaf):
-                now[f"blocks/{layer}/{path}"] = leaf
+    """Returns the artifact's report, gone on: sizes as they are now, and one training more.
+
+    A weight that was trained has no `relative_error` any more, the dense one is not here to compare
+    with; what was measured last is its `relative_error_before`.
+    """
+    before, now = job.model.report, _name_weights(job.model, params)
+    had = _name_weights(job.model, job.model.params)
     weights = {name: leaf.d_in * leaf.d_out for name, leaf in now.items()}
-    linears = [
-        {**linear, "bits_per_weight": now[linear["path"]].bits_per_weight}
-        for linear in before.get("linears", [])
-        if linear["path"] in now
-    ]
+    linears = []
+    for linear in before.get("linears", []):
+        leaf = now.get(linear["path"])
+        if leaf is None:
+            continue
+        same = not fit["best_update"] or equal_trees(leaf, had[linear["path"]])
+        measured = {} if same else _forget_error(linear)
+        linears.append({**linear, **measured, "bits_per_weight": leaf.bits_per_weight})
     bits = sum(leaf.stored_bits() for leaf in now.values()) / sum(weights.values())
     environment = describe_environment() | {"compute_dtype": np.dtype(job.model.dtype).name}
     changes = {
@@ -239,9 +260,19 @@ def _report(job: TuningJob, params: Params, fit: dict, seconds: float) -> dict[s
     return make_finite({**before, **changes})
 
 
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())
-    return digest.hexdigest()
+def _name_weights(model: Model, params: Params) -> dict[str, CompressedLinear]:
+    """Returns the compressed weights by the name that a report has for them."""
+    named = {}
+    for layer, block in enumerate(unstack_blocks(params["blocks"])):
+        for path in model.fns.linears:
+            leaf = sites.get(block, path)
+            if is_compressed(leaf):
+                named[f"blocks/{layer}/{path}"] = leaf
+    return named
+
+
+def _forget_error(linear: Mapping[str, Any]) -> dict[str, Any]:
+    last = linear.get("relative_error")
+    if last is None:
+        last = linear.get("relative_error_before")
+    return {"relative_error": None, "relative_error_before": last}

@@ -5,6 +5,7 @@
     phase-P/block-I.safetensors   blocks that are finished
     phase-P/outer.safetensors     the student's embedding, norm and head, where a step trained them
     phase-P/training/             Orbax's, while a model step runs
+    artifact/                     the finished folder, until it is named OUT
 
 A stream is read from one slot and written to the other, so a kill in the middle of a block leaves
 whole what the block began with. Recomputing it instead would change the result's last bits.
@@ -24,12 +25,11 @@ from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import check_free
 from lqec_jax.io.artifact.leaves import flatten, unflatten
-from lqec_jax.io.files import replace_folder, write_json, write_tensors
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json, replace_folder, write_json, write_tensors
 from lqec_jax.io.tensor_file import read_entry, read_header
 from lqec_jax.runs.checkpoints import Checkpoints
 
-STATE = "state.json"
+STATE, ARTIFACT = "state.json", "artifact"
 
 
 class Run:
@@ -117,6 +117,20 @@ class Run:
     def training(self, phase: int) -> Checkpoints:
         """Opens the checkpoints of a model step."""
         return Checkpoints(self.folder / f"phase-{phase}" / "training")
+
+    def begin_artifact(self) -> Path:
+        """Makes the empty folder that the artifact is written into."""
+        folder = self.folder / ARTIFACT
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run wrote of it
+        folder.mkdir()
+        folder.chmod(0o755)
+        return folder
+
+    @property
+    def artifact(self) -> Path | None:
+        """Returns the artifact that is whole and waits for its name, None where there is none."""
+        folder = self.folder / ARTIFACT
+        return folder if self.state.get("artifact") and folder.is_dir() else None
 
     def finish(self, artifact: Path) -> None:
         """Gives the finished artifact its name and removes what is left of the run."""

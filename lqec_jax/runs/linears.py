@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core.arguments import check_all
 from lqec_jax.core.types import (
     LinearProblem,
     LinearStats,
@@ -74,19 +75,17 @@ def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -
     Returns:
       path -> CompressedLinear of `jax.ShapeDtypeStruct`.
     Raises:
-      InputError: a step refuses a shape; the path is named. A step leaves out what is not there.
+      InputError: a step refuses a shape; the paths are named. A step leaves out what is not there.
     """
     for step in recipe.steps:
         for path in sorted(step.leave_out - set(fns.linears)):
             hint = did_you_mean(path, fns.linears)
             raise InputError(f"{step.name}: leave_out names no linear of a block: {path!r}{hint}")
-    leaves = {}
-    for path in fns.linears:
-        try:
-            leaves[path] = preview_leaf(recipe, *shapes[path], path)
-        except InputError as error:
-            raise InputError(f"{error} (at every block's {path})") from error
-    return leaves
+    return check_all(
+        lambda path: preview_leaf(recipe, *shapes[path], path),
+        {path: shapes[path] for path in fns.linears},
+        "every block's ",
+    )
 
 
 def preview_leaf(

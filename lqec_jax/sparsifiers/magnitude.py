@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.bases import base_target, mask_base
 from lqec_jax.core.masks import Sparsity, keep_largest, keep_pattern, parse_sparsity
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "locuslab/wanda@8e8fc87 lib/prune.py"
@@ -29,7 +29,7 @@ def choose(w: jax.Array, sparsity: Sparsity) -> jax.Array:
     return keep_largest(score.reshape(-1), int(sparsity.fraction * w.size)).reshape(w.shape)
 
 
-def magnitude(*, sparsity: float | str = "2:4") -> Step:
+def magnitude(*, sparsity: float | str = "2:4") -> LinearStep:
     """Makes the step that sets the smallest weights to zero and leaves the others.
 
     Args:
@@ -40,9 +40,8 @@ def magnitude(*, sparsity: float | str = "2:4") -> Step:
     def run(problem: LinearProblem, leaf: CompressedLinear) -> CompressedLinear:
         return mask_base(leaf, choose(base_target(leaf), wanted), wanted.pattern)
 
-    return Step(
+    return LinearStep(
         name="magnitude",
-        scope="linear",
         run=run,
         arguments={"sparsity": sparsity},
         objective=weight_error,

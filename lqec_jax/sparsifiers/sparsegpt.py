@@ -24,7 +24,7 @@ from lqec_jax.core.bases import base_target, inner_gram, kept, mask_base
 from lqec_jax.core.group_grid import GroupGrid, make_grid
 from lqec_jax.core.ldlq import block_of, ldlq
 from lqec_jax.core.masks import Sparsity, keep_largest, keep_pattern, parse_sparsity
-from lqec_jax.core.types import LinearProblem, Step, output_error
+from lqec_jax.core.types import LinearProblem, LinearStep, output_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import Base, CompressedLinear, Dense
 
@@ -181,7 +181,7 @@ def sparsegpt(
     damp: float = 0.01,
     clip_search: bool | str = "weight",
     scale_dtype: str = "float16",
-) -> Step:
+) -> LinearStep:
     """Makes the step that prunes the base, and rounds what stays where bits are given.
 
     A base that was rounded before and is given no bits becomes dense: the sweep moves what stays.
@@ -210,9 +210,8 @@ def sparsegpt(
         pattern = wanted.pattern if allowed is None else ""
         return mask_base(dataclasses.replace(leaf, base=_like(base, leaf)), keep, pattern), facts
 
-    return Step(
+    return LinearStep(
         name="sparsegpt",
-        scope="linear",
         run=run,
         arguments={"sparsity": sparsity, "bits": bits, "group_size": group_size,
                    "symmetric": symmetric, "damp": damp, "clip_search": clip_search,

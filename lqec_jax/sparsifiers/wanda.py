@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.bases import base_target, inner_rms, mask_base
 from lqec_jax.core.masks import Sparsity, keep_largest, keep_pattern, parse_sparsity
-from lqec_jax.core.types import LinearProblem, Step, channel_error
+from lqec_jax.core.types import LinearProblem, LinearStep, channel_error
 from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "locuslab/wanda@8e8fc87 lib/prune.py"
@@ -31,7 +31,7 @@ def choose(w: jax.Array, rms: jax.Array, sparsity: Sparsity) -> jax.Array:
     return keep_largest(score, int(sparsity.fraction * w.shape[0]))
 
 
-def wanda(*, sparsity: float | str = "2:4") -> Step:
+def wanda(*, sparsity: float | str = "2:4") -> LinearStep:
     """Makes the step that sets the weights that matter least to zero and leaves the others.
 
     Args:
@@ -44,9 +44,8 @@ def wanda(*, sparsity: float | str = "2:4") -> Step:
         rms = inner_rms("wanda", problem, leaf)
         return mask_base(leaf, choose(base_target(leaf), rms, wanted), wanted.pattern)
 
-    return Step(
+    return LinearStep(
         name="wanda",
-        scope="linear",
         run=run,
         arguments={"sparsity": sparsity},
         needs=frozenset({"rms"}),

@@ -7,7 +7,7 @@ key, a checkpoint holds all that later updates read, so a resumed run ends in th
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -18,10 +18,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lqec_jax.core.tree import combine, partition
-from lqec_jax.core.types import Evaluation, ModelFns, Params
+from lqec_jax.core.types import Evaluation, ModelFns, Params, Schedule
 from lqec_jax.errors import InputError
 from lqec_jax.train import sharding
-from lqec_jax.train.update import TrainState, choose_options, init_state, make_update
+from lqec_jax.train.update import (
+    TrainState,
+    choose_options,
+    count_parts,
+    init_state,
+    make_update,
+)
 
 
 class Session(Protocol):
@@ -62,24 +68,6 @@ class Objective:
     train: int
     val: int
     select: str | Callable = "adapters"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how often.
-
-    Attributes:
-      updates: at most so many.
-      batch: windows an update sees, walked in `accumulate` equal parts.
-      eval_every: updates between two looks at the validation windows.
-      patience: looks without a new best after which it stops; None never stops early.
-    """
-
-    updates: int
-    batch: int
-    accumulate: int = 1
-    eval_every: int = 25
-    patience: int | None = 5
 
 
 class Fitted(NamedTuple):
@@ -154,7 +142,7 @@ def fit(
                 state_sharding=state_sharding,
                 compiler_options=choose_options(segments),
             )
-        evaluate = partial(_evaluate, jax.jit(objective.loss), objective, schedule, mesh)
+        evaluate = partial(_evaluate, _compile_loss(objective.loss), objective, schedule, mesh)
         state, best, progress = _begin(state, evaluate, session)
         order = _Order(key, objective.train)
         while not _finished(progress, schedule):
@@ -172,11 +160,24 @@ def fit(
         return Fitted(combine(best, state.frozen), progress.history, progress.best_update, notes)
 
 
+def place_parts(schedule: Schedule, length: int, mesh: Any = None) -> Schedule:
+    """Returns a schedule whose `accumulate` of None is chosen, for windows of so many tokens."""
+    if schedule.accumulate is not None:
+        return schedule
+    sharers = mesh.shape[sharding.DATA] if mesh else 1
+    return replace(schedule, accumulate=count_parts(schedule.batch, length, sharers))
+
+
+@lru_cache(maxsize=8)
+def _compile_loss(loss: Callable) -> Callable:
+    return jax.jit(loss)
+
+
 @lru_cache(maxsize=8)
 def _plain_update(loss: Callable, optimizer, accumulate: int, segments: int) -> Callable:
-    """Returns an update on one device; many trainings of one loss, block by block, compile it once.
+    """Returns an update on one device; trainings of equal losses, block by block, compile it once.
 
-    Kept by what it was made of, so the loss must be the same function and not another like it.
+    A loss that is a record without arrays is equal by value, and holds no model when it is kept.
     """
     options = choose_options(segments)
     return make_update(loss, optimizer, accumulate=accumulate, compiler_options=options)
@@ -199,8 +200,15 @@ def shard_state(fns: ModelFns, params: Params, optimizer, state: TrainState, mes
     shardings, notes = sharding.param_shardings(fns, params, mesh)
     train, frozen = partition(shardings, _like(state.train))
     whole = NamedSharding(mesh, PartitionSpec())
+    # An optimizer of several has no moments of what another one moves.
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     opt_state = optax.tree_map_params(
-        optimizer, lambda _, s: s, state.opt_state, train, transform_non_params=lambda _: whole
+        optimizer,
+        lambda moment, placed: moment if is_masked(moment) else placed,
+        state.opt_state,
+        train,
+        transform_non_params=lambda _: whole,
+        is_leaf=is_masked,
     )
     return TrainState(whole, train, frozen, opt_state), notes
 
@@ -226,7 +234,7 @@ def _begin(state: TrainState, evaluate: Callable, session: Session):
 
 def _finished(progress: Progress, schedule: Schedule) -> bool:
     last = progress.history[-1]
-    out_of_patience = schedule.patience is not None and progress.stale >= schedule.patience
+    out_of_patience = schedule.patience and progress.stale >= schedule.patience
     return last.update >= schedule.updates or out_of_patience or not math.isfinite(last.val_loss)
 
 

@@ -1,44 +1,240 @@
-"""What gradient methods lower. Every mean is taken in float32 or wider."""
+"""What trainings of the whole model lower. Every mean is taken in float32 or wider.
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+    L = Σ weight · term,   terms: the discrepancy of hidden states, the divergence of predictions,
+                                  the next token
+
+A loss is a sum of terms, frozen records that find what they compare with in the batch and hold no
+array, so that programs are kept by value. `prepare` says what a batch is to bring.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lqec_jax.core.types import ModelFns, Params
+from lqec_jax.core.types import ModelFns, ModelProblem, Params
+from lqec_jax.errors import InputError
+from lqec_jax.train import predictions
+from lqec_jax.train.vocabulary import LogProbs, Teacher, TopK, kl_terms, next_token_nll
+
+__all__ = ["Discrepancy", "Divergence", "LogProbs", "ModelLoss", "NextToken", "TopK", "lrec",
+           "mean_square", "next_token_nll", "rilq"]  # fmt: skip
 
 Target = Literal["post_norm", "pre_norm", "logits"]
 Reduction = Literal["sum", "mean"]
 
-# Vocabulary columns whose logits are held at once; a whole head where it is narrower.
-VOCAB_CHUNK = 8192
-# Stands for the logarithm of nothing. A finite one keeps every gradient finite: that of
-# logaddexp(-inf, -inf) is not a number.
-FLOOR = -1e30
+
+class Seen:
+    """A student's answers to one batch, each computed when a term first asks for it."""
+
+    def __init__(self, fns: ModelFns, params: Params, batch: dict, terms: tuple["Term", ...]):
+        self.fns, self.params, self.batch = fns, params, batch
+        self._diverges = any(isinstance(term, Divergence) for term in terms)
+
+    @property
+    def tokens(self) -> jax.Array:
+        return self.batch["tokens"]
+
+    @cached_property
+    def hidden(self) -> tuple[jax.Array, jax.Array]:
+        """Pre-norm and post-norm hidden states, [b, t, d] each."""
+        return self.fns.hidden(self.params, self.tokens)
+
+    @cached_property
+    def kl(self) -> tuple[jax.Array, jax.Array]:
+        """KL of every token and next-token losses: one walk of the vocabulary gives both."""
+        teacher = self.batch.get("predictions")
+        if teacher is None:
+            teacher = self.normed_teacher
+        return kl_terms(self.fns, teacher, self.params, self.hidden[1], self.tokens)
+
+    @cached_property
+    def nll(self) -> jax.Array:
+        """-log p(x[t+1]), float32 [b, t - 1]."""
+        if self._diverges:
+            return self.kl[1]
+        return next_token_nll(self.fns, self.params, self.hidden[1], self.tokens)
+
+    @cached_property
+    def normed_teacher(self) -> jax.Array:
+        """The teacher's post-norm hidden states, by its own norm where the student has another."""
+        if "answers" in self.batch:
+            return self.batch["answers"]
+        return self.fns.norm(self.params, self.batch["teacher"])
 
 
-class LogProbs(NamedTuple):
-    """A teacher's log-probabilities, floating [b, t, vocab], up to a constant of each token."""
+class Term(Protocol):
+    """One term of a loss: equal by value, without arrays."""
 
-    log_probs: jax.Array
+    name: str
+
+    def prepare(self, method: str, problem: ModelProblem) -> dict[str, Callable]:
+        """Returns what a batch is to bring: name -> (window numbers) -> array, windows leading."""
+
+    def weigh(self, length: int) -> float:
+        """Returns what the term counts over windows of so many tokens."""
+
+    def measure(self, seen: Seen) -> jax.Array:
+        """Returns the mean over the batch's windows."""
 
 
-class TopK(NamedTuple):
-    """A teacher's k likeliest tokens, and how likely the others are together.
+@dataclass(frozen=True)
+class Discrepancy:
+    """mean((H_q - H)²) of what both models answer: RILQ's model-wise term (arXiv:2412.01129).
 
     Attributes:
-      ids: int32 [b, t, k].
-      log_probs: log p of each, float32 [b, t, k].
-      rest: log of the mass of all others, float32 [b, t]; `FLOOR` or below where there are none.
+      target: where they are compared: 'post_norm' or 'pre_norm' hidden states, or 'logits', of
+        which two arrays [b, t, vocab] are held.
     """
 
-    ids: jax.Array
-    log_probs: jax.Array
-    rest: jax.Array
+    weight: float = 0.5
+    target: Target = "post_norm"
+    name: str = "discrepancy"
+
+    def prepare(self, method: str, problem: ModelProblem) -> dict[str, Callable]:
+        if self.target == "logits" and problem.outer is not None:
+            raise InputError(
+                f"{method}: target='logits' reads both models by one head, and an earlier step has "
+                "trained the student's; use 'post_norm'"
+            )
+        states = _teacher_states(problem)
+        return _normed(problem, states) if self.target == "post_norm" else {"teacher": states}
+
+    def weigh(self, length: int) -> float:
+        return self.weight
+
+    def measure(self, seen: Seen) -> jax.Array:
+        if self.target == "post_norm":
+            return mean_square(seen.hidden[1], seen.normed_teacher)
+        teacher = seen.batch["teacher"]
+        if self.target == "pre_norm":
+            return mean_square(seen.hidden[0], teacher)
+        logits = seen.fns.head(seen.params, seen.fns.norm(seen.params, teacher))
+        return mean_square(seen.fns.head(seen.params, seen.hidden[1]), logits)
 
 
-Teacher = jax.Array | LogProbs | TopK
+@dataclass(frozen=True)
+class Divergence:
+    """KL(teacher || student) of what they predict: LREC's term (arXiv:2306.08162).
+
+    Attributes:
+      reduction: 'sum' over a window's tokens, as the authors have it, or their 'mean'.
+      logits: how the teacher's predictions come: 'recomputed' from its hidden states, 'streamed'
+        from disk, or the `top_k` likeliest; see `train.predictions`.
+    """
+
+    weight: float = 1.0
+    reduction: Reduction = "mean"
+    logits: str = "recomputed"
+    top_k: int = 64
+    name: str = "kl"
+
+    def prepare(self, method: str, problem: ModelProblem) -> dict[str, Callable]:
+        if self.logits == "streamed":
+            return {"predictions": predictions.write_log_probs(problem)}
+        if self.logits == "top_k":
+            return {"predictions": predictions.write_top(method, problem, self.top_k)}
+        if problem.outer is not None:
+            raise InputError(
+                f"{method}: logits='recomputed' reads both models by one head, and an earlier step "
+                "has trained the student's; use 'streamed' or 'top_k'"
+            )
+        return {"teacher": _teacher_states(problem)}
+
+    def scratch_bytes(self, vocab: int) -> int:
+        """Returns what is kept on disk of a token's teacher."""
+        return predictions.bytes_of(self.logits, self.top_k, vocab)
+
+    def weigh(self, length: int) -> float:
+        return self.weight
+
+    def measure(self, seen: Seen) -> jax.Array:
+        kl = jnp.mean(seen.kl[0])
+        return seen.tokens.shape[1] * kl if self.reduction == "sum" else kl
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The next-token loss: the mean over tokens, or each weighed where the text says how.
+
+    Attributes:
+      weight: of the mean over a window's tokens; None is `share` for each of them.
+      each: divides the weight by a window's tokens, as `Divergence`'s mean divides its own.
+      weighed: a text that says no weights is given equal ones.
+    """
+
+    weight: float | None = 1.0
+    share: float = 0.0
+    each: bool = False
+    weighed: bool = False
+    name: str = "next_token"
+
+    def prepare(self, method: str, problem: ModelProblem) -> dict[str, Callable]:
+        weights = problem.windows.weights
+        if weights is None and self.weighed:
+            windows, length = problem.windows.tokens[:, 1:].shape
+            weights = np.full((windows, length), 1 / length, np.float32)
+        return {} if weights is None else {"weights": lambda numbers: weights[numbers]}
+
+    def weigh(self, length: int) -> float:
+        weight = self.share * length if self.weight is None else self.weight
+        return weight / length if self.each else weight
+
+    def measure(self, seen: Seen) -> jax.Array:
+        if "weights" in seen.batch:
+            return jnp.mean(jnp.sum(seen.nll * seen.batch["weights"], axis=-1))
+        return jnp.mean(seen.nll)
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """A sum of terms over a whole model, (fns, params, batch) -> (scalar, terms by name)."""
+
+    terms: tuple[Term, ...]
+
+    def __call__(self, fns: ModelFns, params: Params, batch: dict) -> tuple[jax.Array, dict]:
+        seen = Seen(fns, params, batch, self.terms)
+        length = batch["tokens"].shape[1]
+        measured = {term.name: term.measure(seen) for term in self.terms}
+        total: Any = None
+        for term, value in zip(self.terms, measured.values(), strict=True):
+            weighed = term.weigh(length) * value
+            total = weighed if total is None else total + weighed
+        return total, measured
+
+    def prepare(self, method: str, problem: ModelProblem) -> Callable[[np.ndarray], dict]:
+        """Returns window numbers -> a batch that brings what the terms compare with.
+
+        Raises:
+          InputError: the problem does not have what a term needs.
+        """
+        brought = {"tokens": lambda numbers: problem.windows.tokens[numbers]}
+        for term in self.terms:
+            brought |= term.prepare(method, problem)
+        return lambda numbers: {name: read(numbers) for name, read in brought.items()}
+
+    def scratch_bytes(self, vocab: int) -> int:
+        """Returns what is kept on disk of a token's teacher."""
+        return sum(term.scratch_bytes(vocab) for term in self._diverging())
+
+    def _diverging(self) -> Iterator[Divergence]:
+        return (term for term in self.terms if isinstance(term, Divergence))
+
+
+def _teacher_states(problem: ModelProblem) -> Callable:
+    return lambda numbers: np.asarray(problem.teacher[numbers])
+
+
+def _normed(problem: ModelProblem, states: Callable) -> dict[str, Callable]:
+    """Returns the teacher's states, behind its own norm where the student's was trained."""
+    if problem.outer is None:
+        return {"teacher": states}
+    norm, outer = jax.jit(problem.fns.norm), problem.outer
+    return {"answers": lambda numbers: np.asarray(norm(outer, states(numbers)))}
 
 
 def rilq(
@@ -69,37 +265,9 @@ def rilq(
       float32 scalar. Logits for the next-token loss are held a chunk of the vocabulary at a time;
       target='logits' holds two [b, t, vocab] arrays.
     """
-    return rilq_terms(
-        fns,
-        teacher_hidden,
-        student_params,
-        tokens,
-        model_weight=model_weight,
-        token_weight=token_weight,
-        target=target,
-    )[0]
-
-
-def rilq_terms(
-    fns: ModelFns, teacher_hidden, student_params, tokens, *, model_weight, token_weight, target
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the loss of `rilq` and its two terms by name."""
-    pre_norm, post_norm = fns.hidden(student_params, tokens)
-    if target == "logits":
-        teacher = fns.head(student_params, fns.norm(student_params, teacher_hidden))
-        student = fns.head(student_params, post_norm)
-    else:
-        teacher, student = teacher_hidden, post_norm if target == "post_norm" else pre_norm
-    discrepancy = mean_square(student, teacher)
-    token_loss = jnp.mean(next_token_nll(fns, student_params, post_norm, tokens))
-    loss = model_weight * discrepancy + token_weight * token_loss
-    return loss, {"discrepancy": discrepancy, "next_token": token_loss}
-
-
-def mean_square(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns mean((x - y)²)."""
-    dtype = jnp.result_type(x, y, jnp.float32)
-    return jnp.mean(jnp.square(x.astype(dtype) - y.astype(dtype)))
+    loss = ModelLoss((Discrepancy(model_weight, target), NextToken(token_weight)))
+    name = "answers" if target == "post_norm" else "teacher"
+    return loss(fns, student_params, {"tokens": tokens, name: teacher_hidden})[0]
 
 
 def lrec(
@@ -131,241 +299,12 @@ def lrec(
       float32 scalar. Both models' logits are held `VOCAB_CHUNK` columns at a time, forward and
       backward; a teacher given as `LogProbs` is [b, t, vocab] itself.
     """
-    return lrec_terms(
-        fns,
-        teacher,
-        student_params,
-        tokens,
-        kl_weight=kl_weight,
-        token_weight=token_weight,
-        reduction=reduction,
-    )[0]
+    terms = Divergence(kl_weight, reduction), NextToken(token_weight, each=reduction == "mean")
+    batch = {"tokens": tokens, "predictions": teacher}
+    return ModelLoss(terms)(fns, student_params, batch)[0]
 
 
-def lrec_terms(
-    fns: ModelFns, teacher, student_params, tokens, *, kl_weight, token_weight, reduction
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the loss of `lrec` and its two terms by name, KL as it is reduced."""
-    post_norm = fns.hidden(student_params, tokens)[1]
-    kl, nll = kl_terms(fns, teacher, student_params, post_norm, tokens)
-    length = tokens.shape[1]
-    divergence, next_token = jnp.mean(kl), jnp.mean(nll)
-    if reduction == "sum":
-        divergence = length * divergence
-    else:
-        token_weight = token_weight / length
-    loss = kl_weight * divergence + token_weight * next_token
-    return loss, {"kl": divergence, "next_token": next_token}
-
-
-def kl_terms(
-    fns: ModelFns, teacher: Teacher, params: Params, post_norm: jax.Array, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns KL(teacher || student) of every token and the student's next-token losses, in nats.
-
-    Args:
-      teacher: see `lrec`.
-      post_norm: the student's hidden states [b, t, d].
-    Returns:
-      KL float32 [b, t], and -log q(x[t+1]) float32 [b, t - 1]. No gradient reaches the teacher.
-    """
-    # What follows the last token is not known: its place is filled, and dropped below.
-    labels = jnp.roll(tokens, -1, axis=1)
-    terms = _coarse_terms if isinstance(teacher, TopK) else _full_terms
-    kl, nll = terms(fns, jax.lax.stop_gradient(teacher), params, post_norm, labels)
-    return kl, nll[:, :-1]
-
-
-class _Full(NamedTuple):
-    """What is known of the columns seen so far, each [b, t].
-
-    Attributes:
-      student, teacher: log-sum-exp of their logits.
-      gap: Σ p (z_p - z_q), p being the teacher's probabilities among the columns seen.
-      label: the student's logit of the label.
-    """
-
-    student: jax.Array
-    teacher: jax.Array
-    gap: jax.Array
-    label: jax.Array
-
-
-def _full_terms(fns: ModelFns, teacher, params: Params, post_norm: jax.Array, labels: jax.Array):
-    """KL = Σ p (z_p - z_q) - lse(z_p) + lse(z_q), each a running sum over the vocabulary."""
-
-    def teacher_logits(chunk: "_Chunk") -> jax.Array:
-        if isinstance(teacher, LogProbs):
-            return chunk.cut(teacher.log_probs).astype(chunk.logits.dtype)
-        return jax.lax.stop_gradient(fns.head(params, teacher, *chunk.place))
-
-    def visit(seen: _Full, chunk: _Chunk) -> _Full:
-        logits = teacher_logits(chunk)
-        fresh = chunk.fresh(logits)
-        total = jnp.logaddexp(seen.teacher, jax.nn.logsumexp(fresh, axis=-1))
-        gap = jnp.sum(jnp.exp(fresh - total[..., None]) * (logits - chunk.logits), axis=-1)
-        return _Full(
-            student=chunk.add(seen.student),
-            teacher=total,
-            gap=seen.gap * jnp.exp(seen.teacher - total) + gap,
-            label=chunk.pick(labels[..., None], seen.label[..., None])[..., 0],
-        )
-
-    zero = jnp.zeros(labels.shape, _sum_dtype(post_norm))
-    seen = _walk_vocabulary(fns, params, post_norm, _Full(zero + FLOOR, zero + FLOOR, zero, zero),
-                            visit)  # fmt: skip
-    return seen.gap - (seen.teacher - seen.student), seen.student - seen.label
-
-
-class _Coarse(NamedTuple):
-    """The student's log-sum-exp over the other columns [b, t], its logits of k tokens [b, t, k],
-    and of the label [b, t]."""
-
-    rest: jax.Array
-    named: jax.Array
-    label: jax.Array
-
-
-def _coarse_terms(fns: ModelFns, teacher: TopK, params: Params, post_norm, labels: jax.Array):
-    """KL of k + 1 outcomes; the student's mass of the others is summed, not what is left of 1."""
-
-    def visit(seen: _Coarse, chunk: _Chunk) -> _Coarse:
-        others = chunk.without(chunk.fresh(chunk.logits), teacher.ids)
-        return _Coarse(
-            rest=jnp.logaddexp(seen.rest, jax.nn.logsumexp(others, axis=-1)),
-            named=chunk.pick(teacher.ids, seen.named),
-            label=chunk.pick(labels[..., None], seen.label[..., None])[..., 0],
-        )
-
-    zero = jnp.zeros(labels.shape, _sum_dtype(post_norm))
-    start = _Coarse(zero + FLOOR, jnp.zeros(teacher.ids.shape, zero.dtype), zero)
-    seen = _walk_vocabulary(fns, params, post_norm, start, visit)
-    total = jnp.logaddexp(seen.rest, jax.nn.logsumexp(seen.named, axis=-1))
-    named = teacher.log_probs - (seen.named - total[..., None])
-    mass = jnp.exp(teacher.rest)
-    rest = jnp.where(mass > 0, teacher.rest - (seen.rest - total), 0.0)
-    kl = jnp.sum(jnp.exp(teacher.log_probs) * named, axis=-1) + mass * rest
-    return kl, total - seen.label
-
-
-def find_log_probs(fns: ModelFns, params: Params, post_norm: jax.Array) -> LogProbs:
-    """Returns what a head says of hidden states [b, t, d], float32 [b, t, vocab]."""
-    return LogProbs(jax.nn.log_softmax(fns.head(params, post_norm)))
-
-
-def find_top(fns: ModelFns, params: Params, post_norm: jax.Array, k: int) -> TopK:
-    """Returns the k likeliest tokens after hidden states [b, t, d]; k at most the vocabulary."""
-
-    def visit(seen: TopK, chunk: _Chunk) -> TopK:
-        logits = jnp.concatenate([seen.log_probs, chunk.fresh(chunk.logits)], axis=-1)
-        best, places = jax.lax.top_k(logits, k)
-        before = jnp.take_along_axis(seen.ids, jnp.minimum(places, k - 1), axis=-1)
-        ids = jnp.where(places < k, before, chunk.start + places - k)
-        others = jnp.put_along_axis(logits, places, FLOOR, axis=-1, inplace=False)
-        rest = jnp.logaddexp(seen.rest, jax.nn.logsumexp(others, axis=-1))
-        return TopK(ids, best, rest)
-
-    floor = jnp.full(post_norm.shape[:-1], FLOOR, _sum_dtype(post_norm))
-    named = jnp.broadcast_to(floor[..., None], (*floor.shape, k))
-    seen = TopK(jnp.zeros(named.shape, jnp.int32), named, floor)
-    seen = _walk_vocabulary(fns, params, post_norm, seen, visit)
-    total = jnp.logaddexp(seen.rest, jax.nn.logsumexp(seen.log_probs, axis=-1))
-    return TopK(seen.ids, seen.log_probs - total[..., None], seen.rest - total)
-
-
-def next_token_nll(
-    fns: ModelFns, params: Params, post_norm: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Returns -log p(x[t+1] | x[..t]) in nats for t < T - 1, float32 [b, t - 1].
-
-    The head is applied to `VOCAB_CHUNK` columns at a time, and again in the backward pass, so no
-    [b, t, vocab] array is held for a wide vocabulary.
-    """
-    hidden, labels = post_norm[:, :-1], tokens[:, 1:]
-    if _is_narrow(fns):
-        logits = fns.head(params, hidden)
-        label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - label
-
-    def visit(seen: tuple, chunk: _Chunk) -> tuple:
-        total, label = seen
-        return chunk.add(total), chunk.pick(labels[..., None], label[..., None])[..., 0]
-
-    zero = jnp.zeros(labels.shape, _sum_dtype(hidden))
-    total, label = _walk_vocabulary(fns, params, hidden, (zero + FLOOR, zero), visit)
-    return total - label
-
-
-class _Chunk(NamedTuple):
-    """The columns [start, start + width) of a head, of which those before `first` were seen.
-
-    Attributes:
-      logits: [b, t, width].
-      size: how `ModelFns.head` is asked for so many columns; None is all of them.
-    """
-
-    logits: jax.Array
-    start: Any
-    first: Any
-    size: int | None
-
-    @property
-    def place(self) -> tuple:
-        return self.start, self.size
-
-    @property
-    def columns(self) -> jax.Array:
-        return self.start + jnp.arange(self.logits.shape[-1], dtype=jnp.int32)
-
-    def cut(self, array: jax.Array) -> jax.Array:
-        """Returns these columns of [b, t, vocab]."""
-        if self.size is None:
-            return array
-        return jax.lax.dynamic_slice_in_dim(array, self.start, self.size, axis=-1)
-
-    def fresh(self, logits: jax.Array) -> jax.Array:
-        """Returns logits of these columns, nothing where they were seen before."""
-        return logits if self.size is None else jnp.where(self.columns >= self.first, logits, FLOOR)
-
-    def add(self, total: jax.Array) -> jax.Array:
-        """Adds these columns to a log-sum-exp [b, t]."""
-        return jnp.logaddexp(total, jax.nn.logsumexp(self.fresh(self.logits), axis=-1))
-
-    def pick(self, ids: jax.Array, before: jax.Array) -> jax.Array:
-        """Returns the logits of ids [b, t, k] where they are among the columns, else `before`."""
-        width = self.logits.shape[-1]
-        inside = (ids >= self.start) & (ids < self.start + width)
-        place = jnp.clip(ids - self.start, 0, width - 1)
-        return jnp.where(inside, jnp.take_along_axis(self.logits, place, axis=-1), before)
-
-    def without(self, logits: jax.Array, ids: jax.Array) -> jax.Array:
-        """Returns logits of these columns, nothing at ids [b, t, k]."""
-        width, place = logits.shape[-1], ids - self.start
-        beyond = jnp.where(place < 0, width, place)  # a negative place would count from the end
-        return jnp.put_along_axis(logits, beyond, FLOOR, axis=-1, inplace=False, mode="drop")
-
-
-def _walk_vocabulary(fns: ModelFns, params: Params, hidden, seen: Any, visit: Callable) -> Any:
-    """Runs seen = visit(seen, chunk) over the head's columns, again in the backward pass.
-
-    The last chunk begins early enough to be whole.
-    """
-    if _is_narrow(fns):
-        return visit(seen, _Chunk(fns.head(params, hidden), 0, 0, None))
-    vocab, width = fns.vocab_size, VOCAB_CHUNK
-
-    @jax.checkpoint
-    def step(seen, first):
-        start = jnp.minimum(first, vocab - width)
-        logits = fns.head(params, hidden, start, width)
-        return visit(seen, _Chunk(logits, start, first, width)), None
-
-    return jax.lax.scan(step, seen, jnp.arange(0, vocab, width, dtype=jnp.int32))[0]
-
-
-def _is_narrow(fns: ModelFns) -> bool:
-    return fns.vocab_size is None or fns.vocab_size <= VOCAB_CHUNK
-
-
-def _sum_dtype(hidden: jax.Array) -> Any:
-    return jnp.result_type(hidden, jnp.float32)
+def mean_square(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns mean((x - y)²)."""
+    dtype = jnp.result_type(x, y, jnp.float32)
+    return jnp.mean(jnp.square(x.astype(dtype) - y.astype(dtype)))

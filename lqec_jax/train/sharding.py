@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lqec_jax.core.sites import linear_path
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import InputError
-from lqec_kernels.adapters import QuantizedLowRank
-from lqec_kernels.formats import Affine, CompressedLinear, LowRank
+from lqec_kernels.formats import Base, CompressedLinear, Correction
 
 DATA, MODEL = "data", "model"
 
@@ -67,7 +67,7 @@ def param_shardings(fns: ModelFns, params: Params, mesh: Mesh) -> tuple[Params, 
 
     def place(path: tuple, node: Any) -> Any:
         name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        name = name.removeprefix("blocks/").removesuffix("/kernel")
+        name = linear_path(name.removeprefix("blocks/"))
         if name not in fns.linears or parts == 1:
             return jax.tree.map(lambda _: whole, node)
         axis = -2 if name in fns.row_parallel else -1
@@ -84,13 +84,18 @@ def param_shardings(fns: ModelFns, params: Params, mesh: Mesh) -> tuple[Params, 
 
 def _straddles(node: Any, axis: int, parts: int) -> str:
     """Says why a weight cannot be split evenly along an axis; empty if it can."""
-    d_in, d_out = (node.d_in, node.d_out) if isinstance(node, CompressedLinear) else node.shape[-2:]
-    width = d_out if axis == -1 else d_in
-    unit = node.base.unit(axis) if isinstance(node, CompressedLinear) else 1
+    width, unit = _measure(node.base if isinstance(node, CompressedLinear) else node, axis)
     if width % (parts * unit):
         what = "d_out" if axis == -1 else "d_in"
         return f"{what}={width} is not a multiple of {parts} devices x {unit}"
     return ""
+
+
+def _measure(node: Base | jax.Array, axis: int) -> tuple[int, int]:
+    """Returns how many inputs (axis -2) or outputs (-1) there are, and how many go together."""
+    if hasattr(node, "unit"):
+        return (node.d_in if axis == -2 else node.d_out), node.unit(axis)
+    return node.shape[axis], 1
 
 
 def _place_linear(node: Any, axis: int, mesh: Mesh) -> Any:
@@ -111,14 +116,15 @@ def _place_linear(node: Any, axis: int, mesh: Mesh) -> Any:
     if not isinstance(node, CompressedLinear):
         return spec(node, axis)
 
-    def place_correction(correction: Any) -> Any:
-        if isinstance(correction, QuantizedLowRank):
-            return _place_rounded(correction, axis, along, mesh.shape[MODEL])
-        if not isinstance(correction, LowRank):
-            return jax.tree.map(along(None), correction)
-        a_axis, b_axis = (-2, None) if axis == -2 else (None, -1)
-        a, b = spec(correction.a, a_axis), spec(correction.b, b_axis)
-        return dataclasses.replace(correction, a=a, b=b)
+    def place_correction(correction: Correction) -> Correction:
+        """Splits the fields on the split side where none of their units straddles."""
+        placed = jax.tree.map(along(None), correction)
+        for name, where in correction.axes(axis).items():
+            field = getattr(correction, name)
+            width, unit = _measure(field, where)
+            if width % (mesh.shape[MODEL] * unit) == 0:
+                placed = dataclasses.replace(placed, **{name: jax.tree.map(along(where), field)})
+        return placed
 
     one_axis = -1 if axis == -2 else None  # a transform's vector follows the side it acts on
     return CompressedLinear(
@@ -127,18 +133,4 @@ def _place_linear(node: Any, axis: int, mesh: Mesh) -> Any:
         input_transform=jax.tree.map(along(one_axis), node.input_transform),
         output_transform=jax.tree.map(along(-1 if axis == -1 else None), node.output_transform),
         input_grid=node.input_grid,
-    )
-
-
-def _place_rounded(
-    correction: QuantizedLowRank, axis: int, along: Callable, parts: int
-) -> QuantizedLowRank:
-    """Shards the factor on the split side by its rows, where none of its groups straddles."""
-
-    def place(factor: Affine, *, split: bool) -> Affine:
-        split = split and factor.d_in % (parts * factor.unit(-2)) == 0
-        return jax.tree.map(along(-2 if split else None), factor)
-
-    return QuantizedLowRank(
-        place(correction.a, split=axis == -2), place(correction.b, split=axis == -1)
     )

@@ -5,7 +5,7 @@
 Mozaffari et al. 2025, "SLiM: One-shot Quantization and Sparsity with Low-rank Approximation",
 arXiv:2410.09615 §3.4 and §4. The base stays packed: its codes and the places of its zeros cannot
 move. Quantized adapters are trained straight through their rounding, as SLiM's and
-`train.tuning.round_through`, and stored rounded again.
+`train.parts.StoredAdapters`, and stored rounded again.
 
 Reference: Paramathic/slim. Its paper trains adapters alone (`train='adapters'`); its code freezes
 the compressed linears alone, so that embeddings, norms and the head move as well
@@ -15,30 +15,58 @@ are stored, where the reference stores √rank of them; the best look at the val
 kept, the start included; a loss that is no longer finite stops with the best kept.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-import numpy as np
-
-from lqec_jax.core.arguments import check_choice
-from lqec_jax.core.types import ModelProblem, ModelSolution, Step
-from lqec_jax.train.tuning import Tuning, begin, check_settings, make_selection, tune
-from lqec_kernels.adapters import QuantizedLowRank
-from lqec_kernels.formats import CompressedLinear
+from lqec_jax.core.arguments import check_choice, check_rank
+from lqec_jax.core.factories import makes_step
+from lqec_jax.core.types import Params, Schedule, TrainingStep
+from lqec_jax.train.losses import ModelLoss, NextToken
+from lqec_jax.train.parts import Norms, Rest, Scales, StoredAdapters, Zeros
+from lqec_jax.train.parts.stored import holds_rounded
+from lqec_jax.train.rates import Rates
+from lqec_jax.train.steps import make_training
 
 REFERENCE = "Paramathic/slim@09a5676 main.py"
 
 # The authors': Adafactor, 1e-4 falling in a line, 5 updates of warm-up, no look and no early stop.
-SLIM = {"optimizer": "adafactor", "lr": 1e-4, "decay": "linear", "warmup": 5, "updates": 469,
-        "batch": 64, "weight_decay": 0.0, "patience": 0, "eval_every": 67}  # fmt: skip
+SLIM = dict(
+    optimizer="adafactor",
+    lr=1e-4,
+    decay="linear",
+    warmup=5,
+    updates=469,
+    batch=64,
+    weight_decay=0.0,
+    patience=0,
+    eval_every=67,
+)
 # Ours: RILQ's rule for the learning rate, 0.256 over the width, and its schedule, with a warm-up
 # because second moments are empty at first.
-OURS = {"optimizer": "adamw", "lr": None, "decay": "cosine", "warmup": 0.05, "updates": 200,
-        "batch": 8, "weight_decay": 0.0, "patience": 5, "eval_every": 25}  # fmt: skip
+OURS = dict(
+    optimizer="adamw",
+    lr=None,
+    decay="cosine",
+    warmup=0.05,
+    updates=200,
+    batch=8,
+    weight_decay=0.0,
+    patience=5,
+    eval_every=25,
+)
 PRESETS = {"ours": OURS, "slim": SLIM}
+# What may be trained, in words.
+CHOICES = {
+    "adapters": "the adapters alone",
+    "scales": "the scales of the base alone",
+    "scales+zeros": "the scales and zeros of the base",
+    "adapters+norms": "adapters and norms",
+    "adapters+rest": "adapters, norms, biases, embedding and head",
+}
 
 
+@makes_step(
+    presets=PRESETS,
+    order="rank train accumulate dtype optimizer lr decay warmup updates batch weight_decay "
+    "patience eval_every",
+)
 def finetune(
     *,
     rank: int | float | None = None,
@@ -55,7 +83,7 @@ def finetune(
     eval_every: int | None = None,
     dtype: str = "float16",
     preset: str = "ours",
-) -> Step:
+) -> TrainingStep:
     """Makes the step that trains a compressed model on its next token.
 
     Adapters that are there are trained from where they are; `rank` begins new ones, with b = 0.
@@ -66,7 +94,7 @@ def finetune(
       train: 'adapters', as SLiM's paper; 'adapters+norms'; 'adapters+rest', with embedding, biases
         and head too, as SLiM's code; 'scales', those of the base alone, which keeps a model without
         adapters one. The report says what was trained.
-      optimizer: 'adamw', 'adam' or 'adafactor'; see `train.tuning.make_optimizer`.
+      optimizer: 'adamw', 'adam' or 'adafactor'; see `train.rates.Rates`.
       lr: the highest; None is 0.256 over the model's width, and for scales 0.002 of their value.
       decay, warmup: 'cosine', 'linear' or 'constant', after so many updates, or that fraction of
         them, on a rising line.
@@ -79,52 +107,40 @@ def finetune(
       preset: 'slim' for the authors' hyper-parameters (`SLIM`), 'ours' for `OURS`; an argument
         given wins over the preset.
     """
-    check_choice("finetune", "preset", preset, PRESETS)
-    given = {
-        "optimizer": optimizer,
-        "lr": lr,
-        "decay": decay,
-        "warmup": warmup,
-        "updates": updates,
-        "batch": batch,
-        "weight_decay": weight_decay,
-        "patience": patience,
-        "eval_every": eval_every,
+    check_choice("finetune", "train", train, CHOICES)
+    check_choice("finetune", "dtype", dtype, ("float16", "float32"))
+    if rank is not None:
+        check_rank("finetune", rank)
+    rates = Rates(lr, decay, warmup=warmup, weight_decay=weight_decay,
+                  optimizer=optimizer)  # fmt: skip
+    rates.check("finetune")
+    known = {
+        "adapters": StoredAdapters(rank=rank, dtype=dtype, rates=rates),
+        "scales": Scales(rates=rates),
+        "zeros": Zeros(rates=rates),
+        "norms": Norms(rates=rates),
+        "rest": Rest(rates=rates),
     }
-    chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-    fixed = {"rank": rank, "train": train, "accumulate": accumulate, "dtype": dtype}
-    settings = fixed | chosen
-    check_settings("finetune", settings)
-
-    def preview(leaf: CompressedLinear) -> CompressedLinear:
-        return begin("finetune", leaf, settings, jax.random.key(0))
-
-    return Step(
-        name="finetune",
+    return make_training(
+        "finetune",
+        [known[name] for name in train.split("+")],
+        ModelLoss((NextToken(weighed=True),)),
         scope="model",
-        run=lambda problem: train_on_text(problem, settings),
-        arguments=settings,
-        preview=preview,
-        trained=lambda leaf: count_trained(preview(leaf), train),
+        schedule=Schedule(updates, batch, accumulate, eval_every, patience),
         objective_name="next-token loss",
+        describe=_describe,
     )
 
 
-def train_on_text(problem: ModelProblem, settings: Mapping[str, Any]) -> ModelSolution:
-    """Trains a student on the calibration windows, every next token counting the same."""
-    tokens = np.concatenate([problem.train, problem.val])
-    length = tokens.shape[1] - 1
-    weights = np.full((len(tokens), length), 1 / length, np.float32)
-    width = problem.teacher.shape[-1]
-    tuning = Tuning(problem.fns, problem.params, tokens, weights, len(problem.train), width,
-                    problem.key, problem.mesh, problem.session)  # fmt: skip
-    return tune("finetune", tuning, settings)
-
-
-def count_trained(leaf: CompressedLinear, train: str) -> int:
-    """Returns how many numbers of one weight are trained; reads shapes only."""
-    select = make_selection(train)
-    leaves = jax.tree_util.tree_leaves_with_path(leaf)
-    own = sum(array.size for path, array in leaves if select(path, array))
-    rounded = [c for c in leaf.corrections if isinstance(c, QuantizedLowRank)]
-    return own + sum(c.rank * (c.d_in + c.d_out) for c in rounded) * ("adapters" in train)
+def _describe(parts: tuple, begun: Params, count: int) -> tuple[str, ...]:
+    """Returns what is said of what was trained."""
+    names = {
+        StoredAdapters: "adapters",
+        Scales: "scales",
+        Zeros: "zeros",
+        Norms: "norms",
+        Rest: "rest",
+    }
+    said = CHOICES["+".join(names[type(part)] for part in parts)]
+    rounded = "; adapters are quantized, and were trained through their rounding"
+    return (f"trained: {said}, {count} numbers{rounded if holds_rounded(begun) else ''}",)

@@ -15,37 +15,19 @@ absmax/(2^(b-1) - 1) would leave 2 bits three levels; the learning rate decays; 
 epochs is kept, the start included.
 """
 
-from functools import lru_cache
-
-import jax
-import optax
-
-from lqec_jax.core.arguments import check_choice, check_int, check_number
-from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.clipping import read_clipped, start_clips, store_clipped
-from lqec_jax.core.group_grid import GroupGrid, make_grid
-from lqec_jax.core.types import Params, Step
-from lqec_jax.train.block_fit import Trainable, fit_bases
-from lqec_kernels.formats import CompressedLinear
+from lqec_jax.core.arguments import check_choice
+from lqec_jax.core.factories import makes_step
+from lqec_jax.core.group_grid import make_grid
+from lqec_jax.core.types import Schedule, TrainingStep
+from lqec_jax.train.answers import Answer
+from lqec_jax.train.parts import Clips
+from lqec_jax.train.rates import Rates
+from lqec_jax.train.steps import make_training, same_key
 
 REFERENCE = "OpenGVLab/OmniQuant@ec4aded quantize/quantizer.py"
 
 
-def make_trainable(grid: GroupGrid) -> Trainable:
-    """Returns the clipped grid as something that `train.block_fit` trains."""
-
-    def start(leaf: CompressedLinear) -> Params:
-        return start_clips(leaf.d_in, leaf.d_out, grid, "omniquant")
-
-    def read(leaf: CompressedLinear, clips: Params) -> jax.Array:
-        return read_clipped(base_target(leaf), clips, grid)
-
-    def store(leaf: CompressedLinear, clips: Params) -> CompressedLinear:
-        return replace_base(leaf, store_clipped(base_target(leaf), clips, grid))
-
-    return Trainable(start, read, store)
-
-
+@makes_step()
 def omniquant(
     *,
     bits: int = 4,
@@ -56,7 +38,7 @@ def omniquant(
     lr: float = 0.05,
     aug: bool = True,
     scale_dtype: str = "float16",
-) -> Step:
+) -> TrainingStep:
     """Makes the step that replaces a block's bases by grids with trained ends.
 
     Args:
@@ -71,26 +53,15 @@ def omniquant(
     """
     grid = make_grid("omniquant", bits=bits, group_size=group_size, symmetric=symmetric,
                      scale_dtype=scale_dtype)  # fmt: skip
-    check_int("omniquant", "epochs", epochs, 1)
-    check_int("omniquant", "batch", batch, 1)
-    check_number("omniquant", "lr", lr, 0.0)
     check_choice("omniquant", "aug", aug, (True, False))
-    trainable = make_trainable(grid)
-
-    @lru_cache(maxsize=4)
-    def make_optimizer(updates: int) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(lr, updates))
-
-    return Step(
-        name="omniquant",
+    rates = Rates(lr)
+    rates.check("omniquant")
+    return make_training(
+        "omniquant",
+        [Clips(grid=grid, tiled=False, rates=rates)],
+        Answer(aug),
         scope="block",
-        run=lambda problem: fit_bases(
-            problem, trainable, make_optimizer, epochs=epochs, batch=batch, aug=aug
-        ),
-        arguments={"bits": bits, "group_size": group_size, "symmetric": symmetric,
-                   "epochs": epochs, "batch": batch, "lr": lr, "aug": aug,
-                   "scale_dtype": scale_dtype},
-        preview=trainable.preview,
-        trained=trainable.count,
+        schedule=Schedule(epochs=epochs, batch=batch, accumulate=None, patience=0),
+        keys=same_key,
         objective_name="what the block answers in both streams",
-    )  # fmt: skip
+    )

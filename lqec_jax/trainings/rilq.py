@@ -10,42 +10,53 @@ win; adapters and moments are float32 whatever the compute dtype. `preset='paper
 hyper-parameters.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-
 from lqec_jax.core.arguments import check_choice, check_number
-from lqec_jax.core.types import ModelProblem, ModelSolution, Params, Step
+from lqec_jax.core.factories import makes_step
+from lqec_jax.core.types import Schedule, TrainingStep
 from lqec_jax.errors import InputError
-from lqec_jax.train.adapters import (
-    check_settings,
-    count_adapter,
-    count_trained,
-    preview_adapters,
-    train_adapters,
-    window_batches,
-)
-from lqec_jax.train.fit import Objective
-from lqec_jax.train.local_fit import train_block_adapters
-from lqec_jax.train.losses import rilq_terms
+from lqec_jax.train.answers import Answer, LinearAnswer
+from lqec_jax.train.losses import Discrepancy, ModelLoss, NextToken
+from lqec_jax.train.parts import Adapters
+from lqec_jax.train.rates import Rates
+from lqec_jax.train.steps import half_key, make_training
 
 REFERENCE = "aiha-lab/RILQ@42e2be2 main.py"
 
 # The authors' settings: Adam, constant 1e-4, alpha 16 whatever the rank, 8 sequences an update, at
 # most 1250 updates, a look every 25, patience 5.
-PAPER = {"alpha": 16.0, "lr": 1e-4, "updates": 1250, "batch": 8, "weight_decay": 0.0,
-         "patience": 5, "eval_every": 25, "decay": "constant"}  # fmt: skip
+PAPER = dict(
+    alpha=16.0,
+    lr=1e-4,
+    updates=1250,
+    batch=8,
+    weight_decay=0.0,
+    patience=5,
+    eval_every=25,
+    decay="constant",
+)
 # Ours, measured in configs/studies/rilq_defaults at rank 16, where alpha/rank is 1. A learning rate
 # of None is 0.256 over the model's width: 2e-3 at 128, the best of a factor-2 grid there,
 # and 4e-3 at 64, where 8e-3 did better still. At other ranks it is divided by alpha/rank, so that b
 # moves as far; undivided, rank 2 never gained (configs/studies/rank_study). At width 4096 and rank
 # 64 that is 2.5e-4, the order of the authors' 1e-4.
-OURS = {"alpha": 16.0, "lr": None, "updates": 400, "batch": 8, "weight_decay": 0.0,
-        "patience": 5, "eval_every": 25, "decay": "cosine"}  # fmt: skip
+OURS = dict(
+    alpha=16.0,
+    lr=None,
+    updates=400,
+    batch=8,
+    weight_decay=0.0,
+    patience=5,
+    eval_every=25,
+    decay="cosine",
+)
 PRESETS = {"ours": OURS, "paper": PAPER}
 
 
+@makes_step(
+    presets=PRESETS,
+    order="rank accumulate scope target pool dtype model_weight token_weight alpha lr updates "
+    "batch weight_decay patience eval_every decay",
+)
 def rilq(
     *,
     rank: int | float | None = None,
@@ -65,7 +76,7 @@ def rilq(
     pool: bool = False,
     dtype: str = "float16",
     preset: str = "ours",
-) -> Step:
+) -> TrainingStep:
     """Makes the step that trains every adapter on the model-wise loss.
 
     A linear that already has a low-rank correction trains that one, whatever method made it; the
@@ -83,7 +94,7 @@ def rilq(
       patience, eval_every: stop after so many looks, so many updates apart, without a new best on
         the validation windows; patience=0 never stops early.
       scope: of the discrepancy. 'model' is RILQ; 'block' and 'linear' are what its paper compares
-        it with: each block's answer, or each linear's, see `train.local_fit`.
+        it with: each block's answer, or each linear's, see `train.answers`.
       target: compare 'post_norm' or 'pre_norm' hidden states, or 'logits'.
       model_weight, token_weight: of the two terms, 0.5 each; the narrower scopes have no next
         token and no other target.
@@ -96,89 +107,38 @@ def rilq(
       preset: 'paper' for the authors' hyper-parameters (`PAPER`), 'ours' for those that were better
         on both small models (`OURS`). An argument given wins over the preset.
     """
-    check_choice("rilq", "preset", preset, PRESETS)
-    given = {
-        "alpha": alpha,
-        "lr": lr,
-        "updates": updates,
-        "batch": batch,
-        "decay": decay,
-        "weight_decay": weight_decay,
-        "patience": patience,
-        "eval_every": eval_every,
-    }
-    chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
     if token_weight is None:
         token_weight = 0.5 if scope == "model" else 0.0
-    fixed = {"rank": rank, "accumulate": accumulate, "scope": scope, "target": target,
-             "pool": pool, "dtype": dtype, "model_weight": model_weight,
-             "token_weight": token_weight}  # fmt: skip
-    settings = fixed | chosen
-    _check(settings)
-    if scope != "model":
-        return _make_local(settings)
-    preview = preview_adapters("rilq", settings)
-    return Step(
-        name="rilq",
-        scope="model",
-        run=lambda problem: train(problem, settings),
-        arguments=settings,
-        preview=preview,
-        trained=count_trained(preview),
-        objective_name=f"{model_weight:g} mse({target}) + {token_weight:g} next-token loss",
+    part = Adapters(
+        rank=rank,
+        alpha=alpha,
+        pool=pool,
+        dtype=dtype,
+        rates=Rates(lr, decay, weight_decay=weight_decay),
     )
-
-
-def _make_local(settings: Mapping[str, Any]) -> Step:
-    """Makes the step of a narrower scope, which trains one block after the other."""
-    scope = settings["scope"]
-    return Step(
-        name="rilq",
-        scope="block",
-        run=lambda problem: train_block_adapters("rilq", problem, settings, scope),
-        arguments=settings,
-        preview=preview_adapters("rilq", settings),
-        trained=lambda leaf: count_adapter(leaf, settings["rank"]),
-        objective_name=f"what each {scope} answers",
-    )
-
-
-def _check(settings: Mapping[str, Any]) -> None:
-    check_settings("rilq", settings)
-    check_choice("rilq", "scope", settings["scope"], ("linear", "block", "model"))
-    for name in ("model_weight", "token_weight"):
-        check_number("rilq", name, settings[name], 0.0)
-    check_choice("rilq", "target", settings["target"], ("post_norm", "pre_norm", "logits"))
-    if settings["scope"] == "model":
-        return
-    if settings["target"] != "post_norm" or settings["token_weight"]:
+    part.check("rilq")
+    for name, weight in (("model_weight", model_weight), ("token_weight", token_weight)):
+        check_number("rilq", name, weight, 0.0)
+    check_choice("rilq", "target", target, ("post_norm", "pre_norm", "logits"))
+    check_choice("rilq", "scope", scope, ("linear", "block", "model"))
+    if scope != "model" and (target != "post_norm" or token_weight):
         raise InputError(
-            f"rilq: scope={settings['scope']!r} compares what each {settings['scope']} answers; "
+            f"rilq: scope={scope!r} compares what each {scope} answers; "
             "target and token_weight belong to scope='model', leave them out"
         )
-
-
-def train(problem: ModelProblem, settings: Mapping[str, Any]) -> ModelSolution:
-    """Runs RILQ on a whole model; see `train.adapters.train_adapters`."""
-    return train_adapters("rilq", problem, settings, make_objective(problem, settings))
-
-
-def make_objective(problem: ModelProblem, settings: Mapping[str, Any]) -> Objective:
-    """Returns RILQ's loss over the calibration windows and the teacher's cached states."""
-    fns, target = problem.fns, settings["target"]
-    if target == "logits" and problem.outer is not None:
-        raise InputError(
-            "rilq: target='logits' reads both models by one head, and an earlier step has trained "
-            "the student's; use 'post_norm'"
-        )
-
-    def loss(params: Params, batch: dict) -> tuple[jax.Array, dict]:
-        teacher = batch["teacher"]
-        if target == "post_norm":
-            teacher = fns.norm(problem.outer or params, teacher)
-        return rilq_terms(
-            fns, teacher, params, batch["tokens"], target=target,
-            model_weight=settings["model_weight"], token_weight=settings["token_weight"],
+    schedule = Schedule(updates, batch, accumulate, eval_every, patience)
+    if scope != "model":
+        return make_training(
+            "rilq", [part], Answer() if scope == "block" else LinearAnswer(), scope="block",
+            schedule=schedule, arguments={"token_weight": token_weight}, keys=half_key,
+            objective_name=f"what each {scope} answers",
         )  # fmt: skip
-
-    return Objective(loss, window_batches(problem), len(problem.train), len(problem.val))
+    return make_training(
+        "rilq",
+        [part],
+        ModelLoss((Discrepancy(model_weight, target), NextToken(token_weight))),
+        scope="model",
+        schedule=schedule,
+        arguments={"token_weight": token_weight},
+        objective_name=f"{model_weight:g} mse({target}) + {token_weight:g} next-token loss",
+    )

@@ -12,14 +12,14 @@ import jax
 
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.rotations import check_block, largest_block, rotate_inputs, rotate_outputs
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import CompressedLinear
 
 REFERENCE = "closed form"
 
 
-def hadamard(*, input: bool = True, output: bool = False, block: int | None = None) -> Step:
+def hadamard(*, input: bool = True, output: bool = False, block: int | None = None) -> LinearStep:
     """Makes the step that rotates a dense weight and changes nothing else of it.
 
     Args:
@@ -50,9 +50,8 @@ def hadamard(*, input: bool = True, output: bool = False, block: int | None = No
             leaf = rotate_outputs("hadamard", leaf, output_key, find_block("d_out", leaf.d_out))
         return leaf
 
-    return Step(
+    return LinearStep(
         name="hadamard",
-        scope="linear",
         run=run,
         arguments={"input": input, "output": output, "block": block},
         objective=weight_error,

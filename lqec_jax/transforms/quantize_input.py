@@ -15,7 +15,7 @@ where windows run one at a time, so that no window's answer depends on another's
 import dataclasses
 
 from lqec_jax.core.arguments import check_choice, check_int
-from lqec_jax.core.types import LinearProblem, Step, weight_error
+from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import CompressedLinear
 from lqec_kernels.inputs import FLOATS, FORMATS, SPANS, InputGrid
@@ -23,7 +23,7 @@ from lqec_kernels.inputs import FLOATS, FORMATS, SPANS, InputGrid
 REFERENCE = "Paramathic/slim@09a5676 slim/quantization/quantization.py"
 
 
-def quantize_input(*, bits: int = 8, format: str = "fp8", per: str | None = None) -> Step:
+def quantize_input(*, bits: int = 8, format: str = "fp8", per: str | None = None) -> LinearStep:
     """Makes the step after which a linear reads rounded inputs.
 
     Statistics of later steps are still those of exact inputs to the linear, which come through
@@ -48,9 +48,8 @@ def quantize_input(*, bits: int = 8, format: str = "fp8", per: str | None = None
     def run(problem: LinearProblem, leaf: CompressedLinear) -> CompressedLinear:
         return dataclasses.replace(leaf, input_grid=grid)
 
-    return Step(
+    return LinearStep(
         name="quantize_input",
-        scope="linear",
         run=run,
         arguments={"bits": bits, "format": format, "per": grid.per},
         objective=weight_error,

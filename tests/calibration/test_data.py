@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from lqec_jax.calibration.data import (
-    check_tokens,
     cut_windows,
     load_tokens,
     read_documents,
     split_windows,
     tokenize,
 )
+from lqec_jax.core.arguments import check_tokens
 from lqec_jax.errors import InputError, MissingExtra
+from lqec_jax.io.sources.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is absent")
@@ -77,6 +78,59 @@ def test_each_protocol_by_hand(protocol, bos, wanted):
 
 def test_an_empty_document_is_its_bos():
     assert tokenize(["a", "", "b"], encode, 1, "documents").tolist() == [1, 97, 1, 1, 98]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "wanted"),
+    [
+        ("documents", [1, 99, 97, 1, 98, 1, 500, 1, 97, 1, 98]),
+        # One text: of its first document alone a BOS would be put before it.
+        ("gptq", [1, 99, 97, 10, 10, 98, 10, 10, 1, 500, 10, 10, 1, 1, 97, 1, 98]),
+    ],
+)
+@pytest.mark.parametrize("limit", [None, 4, 9])
+def test_a_text_that_brings_its_bos_gets_no_second(protocol, wanted, limit):
+    notes = []
+    documents = ["\x01ca", "b", "\x01ab", "\x01\x01a\x01b"]
+    tokens = tokenize(documents, encode, 1, protocol, limit, "x.txt", notes.append)
+    assert tokens.tolist() == wanted[:limit]
+    if limit is None:
+        assert notes == ["x.txt: 3 of 4 documents bring their own BOS; none gets a second"]
+
+
+@pytest.mark.parametrize("protocol", ["documents", "gptq"])
+def test_without_a_bos_of_its_own_nothing_is_said(protocol):
+    notes = []
+    plain = tokenize(["ca", "b\x01"], encode, 1, protocol, note=notes.append)
+    assert plain.tolist()[-2:] == [98, 1] and not notes
+    # To a tokenizer without one it is a token as any other.
+    bare = tokenize(["\x01ca"], encode, None, protocol, note=notes.append)
+    assert bare.tolist() == [1, 99, 97] and not notes
+
+
+@pytest.mark.parametrize("protocol", ["documents", "gptq"])
+def test_a_limit_counts_what_is_left_of_a_text(protocol):
+    documents = ["\x01" * 3000 + "abc" * 2000, "c"]
+    whole = tokenize(documents, encode, 1, protocol)
+    assert whole[:3].tolist() == [1, 500, 99]
+    for limit in (1, 2, 700, 5000):
+        head = tokenize(documents, encode, 1, protocol, limit)
+        np.testing.assert_array_equal(head, whole[:limit])
+
+
+@needs_shared
+@pytest.mark.parametrize("protocol", ["documents", "gptq"])
+def test_twenty_stories_have_twenty_bos_whoever_wrote_them(protocol):
+    folder = SHARED / "cases" / "two-bos"
+    if not folder.is_dir():
+        pytest.skip("no folder ../shared/cases")
+    notes = []
+    tokenizer = Tokenizer.load(SHARED / "models" / "xs279k")
+    tokens = load_tokens(folder / "with_bos.jsonl", tokenizer, protocol, note=notes.append)
+    assert (tokens == 1).sum() == 20 and tokens[0] == 1 and tokens[1] != 1
+    assert len(notes) == 1 and "20 of 20 documents bring their own BOS" in notes[0]
+    plain = load_tokens(folder / "plain.jsonl", tokenizer, protocol, note=notes.append)
+    assert (plain == 1).sum() == {"documents": 20, "gptq": 1}[protocol] and len(notes) == 1
 
 
 def test_an_unknown_protocol_is_named():
@@ -349,14 +403,6 @@ def test_a_split_that_leaves_a_part_empty_is_refused():
     assert "0 calibration windows" in refusal(split_windows, np.zeros((0, 4)), 0.2)
     for ratio in (0, 1, -0.1, 1.5, float("nan")):
         assert f"val_ratio is {ratio}" in refusal(split_windows, np.zeros((4, 4)), ratio)
-
-
-def test_an_id_outside_the_vocabulary_is_named_by_position():
-    tokens = np.array([[0, 104], [3, 4]], np.int32)
-    check_tokens(tokens, 105)
-    message = refusal(check_tokens, tokens, 104)
-    assert "token 1 is id 104, outside the model's vocabulary of 104 (1 such)" in message
-    assert "token 2 is id -7" in refusal(check_tokens, np.array([1, 2, -7, 900]), 10)
 
 
 # --- the real text

@@ -8,6 +8,7 @@ import pytest
 
 from lqec_jax.calibration.examples import read_examples, weigh
 from lqec_jax.errors import InputError
+from lqec_jax.io.sources.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2
 
@@ -48,6 +49,36 @@ def test_a_tokenizer_without_ends_adds_none(tmp_path):
     # Nothing comes before the first token, so nothing predicts it.
     assert learned_tokens(examples) == [[98, 99], [121, 122]]
     np.testing.assert_array_equal(examples.tokens, [[97, 98, 99], [120, 121, 122]])
+
+
+def test_rows_that_bring_their_ends_get_no_second(tmp_path):
+    a, b, c = map(ord, "abc")
+    rows = [
+        {"text": "\x01abc\x02"},
+        {"prompt": "\x01ab", "completion": "c"},
+        {"prompt": "ab", "completion": "c\x02\x02"},
+        {"prompt": "", "completion": "\x01abc"},
+        {"prompt": "ab", "completion": "\x01c"},
+        {"text": "abc"},
+    ]
+    examples = read(tmp_path, *rows)
+    assert examples.tokens.tolist() == [[BOS, a, b, c, EOS]] * 6
+    assert learned_tokens(examples) == [[a, b, c, EOS], *[[c, EOS]] * 2, [a, b, c, EOS], [c, EOS],
+                                        [a, b, c, EOS]]  # fmt: skip
+    assert examples.own_ends == 5
+    # Ends alone are nothing to learn, and marks inside of a text are the text's.
+    assert read(tmp_path, {"text": "a"}, {"prompt": "a", "completion": "\x02"}).dropped == 1
+    assert read(tmp_path, {"text": "a\x01\x02b"}).tokens.tolist() == [[BOS, a, BOS, EOS, b, EOS]]
+
+
+def test_the_case_of_two_ends(shared):
+    path = shared / "cases" / "two-bos" / "ft.jsonl"
+    if not path.is_file():
+        pytest.skip("no folder ../shared/cases")
+    examples = read_examples(path, Tokenizer.load(shared / "models" / "xs279k"), 64)
+    for row in examples.tokens.tolist():
+        assert row[0] == BOS and row.count(BOS) == 1 and row.count(EOS) == 1
+    assert examples.own_ends == 2
 
 
 def test_long_rows_lose_their_end_and_rows_without_anything_to_learn_are_counted(tmp_path):

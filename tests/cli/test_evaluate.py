@@ -50,6 +50,18 @@ def test_the_numbers_are_those_of_python(folder, capfd):
     assert row["against"] is None and "kl" not in row
 
 
+def test_texts_with_a_bos_of_their_own_are_counted(folder, capfd):
+    rows = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
+    own = [{"text": f"w0 {row['text']}"} for row in rows[:3]] + rows[3:]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    plain = json.loads(evaluate(folder, capfd, "--json", text="text.jsonl").out)
+    row = json.loads(evaluate(folder, capfd, "--json", text="own.jsonl").out)
+    assert row["ppl"] == plain["ppl"] and "notes" not in plain
+    (note,) = row["notes"]
+    assert note == "own.jsonl: 3 of 7 documents bring their own BOS; none gets a second"
+    assert evaluate(folder, capfd, text="own.jsonl").out.splitlines()[1] == note
+
+
 def test_a_person_reads_the_same(folder, capfd):
     row = json.loads(evaluate(folder, capfd, "--json").out)
     out, err = evaluate(folder, capfd)

@@ -9,8 +9,8 @@ from tokenizers import models, pre_tokenizers
 
 import lqec_jax as lqec
 from lqec_jax.cli import main
-from lqec_jax.io.artifact.artifact import load_artifact, save_artifact
-from lqec_jax.io.base import hash_base
+from lqec_jax.io.artifact.artifact import load_artifact
+from lqec_jax.io.exports.record import hash_base
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.examples import Rows, prepare_tuning
 from tests.golden.tiny_checkpoint import hash_folder, write_checkpoint
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     """An artifact with adapters, one without, rows to learn, and a training of the first."""
     folder = tmp_path_factory.mktemp("finetune")
     for name, ranks in (("small", (2, 2)), ("bare", (0, 0))):
-        save_artifact(make_model(ranks=ranks), folder / name)
+        lqec.save(make_model(ranks=ranks), folder / name)
         write_tokenizer(folder / name)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS * 8)) + "\n")
     assert main(command(folder, "small", "tuned")) == 0
@@ -141,7 +141,7 @@ def test_what_cannot_be_tuned_is_named(folder, capfd):
     write_checkpoint(folder / "dense", num_hidden_layers=2)
     assert main(command(folder, "dense", "refused")) == 2
     assert "the model is not compressed; compress it first" in capfd.readouterr().err
-    save_artifact(make_model(), folder / "mute")
+    lqec.save(make_model(), folder / "mute")
     assert main(command(folder, "mute", "refused")) == 2
     assert "the model has no tokenizer" in capfd.readouterr().err
     assert main(command(folder, "small", "tuned")) == 2

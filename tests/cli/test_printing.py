@@ -35,6 +35,7 @@ def test_a_long_line_stays_one_line(capsys):
 )
 def test_sizes_are_readable_and_exact(count, text):
     assert printing.format_bytes(count) == text
+    assert printing.format_size(count) == text.partition(" (")[0]
 
 
 def test_a_number_that_was_not_finite_says_so():

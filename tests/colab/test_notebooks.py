@@ -25,11 +25,14 @@ SMALLER = {
     "02_write_a_method": {"windows=16)": "windows=4)", "windows=8)": "windows=2)",
                           "seqlen=256": "seqlen=64"},
     "03_flax": {"UPDATES = 300": "UPDATES = 8", "(4, 3, 2)": "(2,)"},
+    "04_write_a_training": {"UPDATES = 60": "UPDATES = 2", "windows=48": "windows=5",
+                            "seqlen=256": "seqlen=64"},
 }  # fmt: skip
 SAYS = {
     "01_quickstart": r"RILQ +\d+\.\d+ +\(",
     "02_write_a_method": r"sigma +\| svd: perplexity \d",
     "03_flax": r"held-out loss \d\.\d+ at 6\.0\d bits per weight",
+    "04_write_a_training": r"end_to_end +perplexity \d+\.\d+ \(calib-val",
 }
 # Reads cells as JSON and runs each as the notebook would, in one namespace. A cell that would reach
 # for the network fails.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lqec_jax.train.adapters import map_linears
 
 import lqec_jax as lqec
 from lqec_jax.compensation.merge import fold, merge, shift_zeros
@@ -21,7 +22,6 @@ from lqec_jax.core.types import (
 )
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import Recipe, parse_recipe
-from lqec_jax.train.adapters import map_linears
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
 from lqec_kernels.outliers import Outliers
 from tests.golden.tiny_checkpoint import SEQLEN, make_tokens, write_checkpoint

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core import sites
 from lqec_jax.core.linear import linear
-from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.core.types import ModelFns, Params
 from lqec_kernels.formats import CompressedLinear
 
@@ -40,7 +40,7 @@ FNS = ModelFns(
     block=_block,
     hidden=_hidden,
     head=lambda params, x, start=0, size=None: x @ params["embed"].T,
-    linear_groups=(("up",), ("down",)),
+    sites=sites.in_groups((("up",), ("down",))),
     norm=_norm,
 )
 TEACHER = {
@@ -58,15 +58,12 @@ TOKENS = np.random.RandomState(5).randint(0, VOCAB, (WINDOWS, LENGTH)).astype(np
 def compress(change: Callable[[jax.Array], CompressedLinear]) -> Params:
     """Returns the teacher with every weight replaced by `change` of it."""
     segment = TEACHER["blocks"][0]
-    for path in FNS.linears:
-        leaf = jax.jit(jax.vmap(change))(get_at(segment, f"{path}/kernel"))
-        segment = set_at(segment, f"{path}/kernel", leaf)
-    return {**TEACHER, "blocks": (segment,)}
+    return {**TEACHER, "blocks": (sites.map_block(segment, FNS.sites, jax.jit(jax.vmap(change))),)}
 
 
 def kernels(params: Params) -> dict[str, CompressedLinear]:
     """Returns path -> stacked weight."""
-    return {path: get_at(params["blocks"][0], f"{path}/kernel") for path in FNS.linears}
+    return sites.get_all(params["blocks"][0], FNS.sites)
 
 
 def numpy_log_probs(pre_norm: np.ndarray) -> np.ndarray:

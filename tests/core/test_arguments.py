@@ -2,17 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from lqec_jax.core.arguments import (
+    check_all,
     check_choice,
     check_int,
     check_number,
     check_rank,
+    check_tokens,
     resolve_group,
     resolve_rank,
 )
-from lqec_jax.errors import InputError
+from lqec_jax.errors import InputError, shorten
 
 HUGE = 10**4000
 
@@ -21,7 +24,7 @@ def refusal(check, *arguments) -> str:
     with pytest.raises(InputError) as caught:
         check(*arguments)
     message = str(caught.value)
-    assert "\n" not in message and message.startswith("rtn: ")
+    assert "\n" not in message and message.startswith(("rtn: ", "token "))
     return message
 
 
@@ -33,7 +36,7 @@ def test_integers_in_range_pass():
 @pytest.mark.parametrize("value", [0, 9, -HUGE, True, 2.0, "2", None, [2], 1j])
 def test_other_integers_are_refused_with_what_came_and_what_was_wanted(value):
     message = refusal(check_int, "rtn", "bits", value, 1, 8)
-    assert message == f"rtn: bits={value!r}; an integer from 1 to 8 was wanted"
+    assert message == shorten(f"rtn: bits={value!r}; an integer from 1 to 8 was wanted")
 
 
 def test_an_open_range_says_only_its_low_end():
@@ -100,11 +103,82 @@ def test_groups_divide_or_are_the_whole():
 
 
 @pytest.mark.parametrize(
-    ("group_size", "d_in", "instead"), [(64, 96, 48), (128, 96, 96), (2, 7, 1), (200, 288, 144)]
+    ("group_size", "d_in", "advice"),
+    [
+        (64, 96, "choose 32 or 48 or 24"),
+        (128, 192, "choose 64 or 32 or 96"),
+        (100, 4096, "choose 128 or 64 or 32"),
+        (48, 352, "choose 32 or 44 or 22"),
+        (64, 172, "choose 43 or 4 or 2"),
+        (200, 288, "choose 32 or 144 or 96"),
+    ],
 )
-def test_a_group_that_does_not_divide_is_refused_with_one_that_does(group_size, d_in, instead):
+def test_a_group_that_does_not_divide_is_refused_with_those_that_do(group_size, d_in, advice):
     message = refusal(resolve_group, "rtn", group_size, d_in)
     assert message == (
-        f"rtn: d_in={d_in} is not divisible by group_size={group_size}; "
-        f"choose a divisor such as {instead}, or group_size=None"
+        f"rtn: d_in={d_in} is not divisible by group_size={group_size}; {advice}, or "
+        "group_size=None"
     )
+
+
+def test_an_id_outside_the_vocabulary_is_named_by_position():
+    tokens = np.array([[0, 104], [3, 4]], np.int32)
+    check_tokens(tokens, 105)
+    message = refusal(check_tokens, tokens, 104)
+    assert "token 1 is id 104, outside the model's vocabulary of 104 (1 such)" in message
+    assert "token 2 is id -7" in refusal(check_tokens, np.array([1, 2, -7, 900]), 10)
+
+
+def test_where_nothing_divides_the_whole_is_one_group():
+    message = refusal(resolve_group, "rtn", 2, 7)
+    assert message.endswith("; choose group_size=None: no other length divides every d_in")
+
+
+SHAPES = {"q": (64, 64), "k": (64, 16), "up": (64, 172), "down": (172, 64)}
+
+
+@pytest.mark.parametrize(
+    ("group_size", "shapes", "where", "advice"),
+    [
+        (64, SHAPES, "172 (every block's down)", "4 or 2"),
+        (43, SHAPES, "64 (every block's q, k, up)", "4 or 2"),
+        (48, SHAPES, "64 (every block's q, k, up), 172 (every block's down)", "4 or 2"),
+        (
+            256,
+            {"q": (4096, 1), "down": (11136, 1)},
+            "11136 (every block's down)",
+            "128 or 64 or 32",
+        ),
+    ],
+)
+def test_groups_that_some_weights_refuse_are_advised_for_all(group_size, shapes, where, advice):
+    def check(path):
+        return resolve_group("rtn", group_size, shapes[path][0])
+
+    message = refusal(check_all, check, shapes, "every block's ")
+    assert message == (
+        f"rtn: d_in is not divisible by group_size={group_size} where that is {where}; choose "
+        f"{advice}, which divide every d_in, or group_size=None"
+    )
+    for advised in advice.split(" or "):
+        group_size = int(advised)
+        assert check_all(check, shapes) == dict.fromkeys(shapes, group_size)
+
+
+def test_a_rank_that_some_weights_refuse_is_advised_for_all():
+    shapes = SHAPES | {"v": (64, 8)}
+    message = refusal(check_all, lambda path: resolve_rank("rtn", 32, *shapes[path]), shapes)
+    assert message == (
+        "rtn: rank=32 is larger than min(d_in, d_out) where that is 16 (k), 8 (v); choose at "
+        "most 8, or a fraction"
+    )
+
+
+def test_other_refusals_name_their_weight_and_come_first():
+    def check(path):
+        if path == "up":
+            raise InputError("rtn: not this one; choose another")
+        return resolve_group("rtn", 48, SHAPES[path][0])
+
+    message = refusal(check_all, check, SHAPES, "every block's ")
+    assert message == "rtn: not this one; choose another (at every block's up)"

@@ -1,5 +1,7 @@
 """Trees: paths, stacks of blocks, and the split into what trains and what does not."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,12 @@ import pytest
 
 from lqec_jax.core.tree import (
     combine,
+    drop_corrections,
+    drop_input_grids,
+    each_block,
+    equal_trees,
     get_at,
+    has_input_grids,
     is_compressed,
     partition,
     set_at,
@@ -16,6 +23,8 @@ from lqec_jax.core.tree import (
 )
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
+from lqec_kernels.inputs import InputGrid
+from tests.io.packed_models import make_model
 
 
 def compressed(seed: int = 0, rank: int = 2, zeros: bool = True) -> CompressedLinear:
@@ -142,3 +151,42 @@ def test_gradients_of_the_trained_half_alone():
 def test_refuses_an_unknown_selection():
     with pytest.raises(InputError, match="select='adaptors' is unknown; did you mean 'adapters'"):
         partition(block(), "adaptors")
+
+
+def test_blocks_come_in_order_over_segments():
+    model = make_model((2, 3), (2, 2))
+    blocks = list(each_block(model.params))
+    assert [block["attn"]["q"]["kernel"].base.bits for block in blocks] == [2, 3]
+    scale = model.params["blocks"][1]["attn_norm"]["scale"]
+    np.testing.assert_array_equal(blocks[1]["attn_norm"]["scale"], scale[0])
+
+
+def test_every_correction_goes_and_nothing_else():
+    model = make_model()
+    bare = drop_corrections(model.params)
+    leaf, kept = (p["blocks"][0]["mlp"]["up"]["kernel"] for p in (bare, model.params))
+    assert leaf.corrections == () and len(kept.corrections) == 1
+    assert leaf.base is kept.base
+
+
+def test_input_grids_go_and_nothing_else():
+    leaf = compressed()
+    params = {"q": replace(leaf, input_grid=InputGrid()), "norm": np.ones(3)}
+    assert has_input_grids(params) and not has_input_grids({"q": leaf})
+    came = drop_input_grids(params)
+    assert came["q"].input_grid is None and came["q"].base is leaf.base
+    assert came["q"].corrections is leaf.corrections and came["norm"] is params["norm"]
+
+
+def test_equal_trees_are_of_the_same_nodes_and_bytes():
+    leaf = compressed()
+    nan = {"a": jnp.array([jnp.nan, 0.0], jnp.bfloat16), "b": np.zeros((), np.int32)}
+    assert equal_trees(leaf, compressed()) and equal_trees(nan, dict(nan))
+    assert equal_trees({"a": np.arange(6).reshape(2, 3).T}, {"a": np.arange(6).reshape(2, 3).T})
+    assert not equal_trees(leaf, compressed(seed=1)) and not equal_trees(leaf, compressed(rank=3))
+    assert not equal_trees(leaf, compressed(zeros=False))
+    zero = np.zeros(2, np.float32)
+    assert not equal_trees({"a": zero}, {"a": -zero})
+    assert not equal_trees({"a": zero}, {"a": zero.astype(np.int32)})
+    assert not equal_trees({"a": zero}, {"a": zero.reshape(2, 1)})
+    assert not equal_trees({"a": zero}, {"b": zero})

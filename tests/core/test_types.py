@@ -1,10 +1,13 @@
 """The values that everything else is made of."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_jax.core.sites import in_groups
 from lqec_jax.core.types import LinearProblem, LinearStats, ModelFns, Step, weight_error
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 
@@ -57,5 +60,10 @@ def test_a_step_prints_as_the_recipe_that_makes_it():
 
 def test_linears_are_the_groups_in_order():
     groups = (("attn/q", "attn/k"), ("mlp/down",))
-    fns = ModelFns(embed=None, block=None, hidden=None, head=None, linear_groups=groups)
+    sites = in_groups(groups, row_parallel=["mlp/down"])
+    fns = ModelFns(embed=None, block=None, hidden=None, head=None, sites=sites)
     assert fns.linears == ("attn/q", "attn/k", "mlp/down")
+    assert fns.linear_groups == groups and fns.row_parallel == {"mlp/down"}
+    # Programs are kept by it.
+    other = dataclasses.replace(fns, sites=in_groups(groups, row_parallel=["mlp/down"]))
+    assert other == fns and hash(other) == hash(fns)

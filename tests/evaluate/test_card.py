@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card
+from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card, render_pages
+from lqec_jax.evaluate.page import render_report
 
 STAGES = [
     {"name": name, "ppl": ppl, "low": ppl - 1, "high": ppl + 1, "nll": 1.0, "tokens": 9,
@@ -92,8 +93,37 @@ def test_a_damaged_card_teaches_nothing(tmp_path, text):
     assert front_of(text, tmp_path) == {}
 
 
+def test_names_of_strangers_are_shown_and_do_nothing():
+    strange = "<script>alert(1)</script>`[x](y)\n# &lt;|a|"
+    stages = [STAGES[0] | {"name": strange, "protocol": strange}]
+    recipe = f"rtn\n```\n{strange}\n````"
+    skipped = [{"path": strange, "reason": strange}]
+    changes = {"recipe": recipe, "stages": stages, "skipped": skipped}
+    for base in ({"name": strange}, {"name": strange, "hub_id": f"{strange}/{strange}"}):
+        head, _, rest = render_card(REPORT | changes | {"base": base}).partition("\n---\n")
+        before, fenced, after = rest.partition(f"`````\n{recipe}\n`````")
+        assert fenced  # the recipe's own fences do not end the one around it
+        shown = before + after
+        for mark in ("<script", "`[", "[x]", "&lt;", "|a|", "\n# &#38;"):
+            assert mark not in shown, mark
+        assert shown.count("&#60;script&#62;alert(1)") >= 5
+        assert yaml.safe_load(head.removeprefix("---\n")).get("base_model") == base.get("hub_id")
+
+
 def test_strange_text_survives_in_the_front_matter(tmp_path):
     base = {"name": "a: b # c", "hub_id": "a/b", "license": "other", "license_name": "yes: no"}
     front = front_of(render_card({**REPORT, "base": base}), tmp_path)
     assert front["license_name"] == "yes: no"
     assert yaml.safe_load(yaml.safe_dump(front)) == front
+
+
+def test_the_pages_of_a_report_are_its_page_and_its_card():
+    wanted = {"report.html": render_report(REPORT), "README.md": render_card(REPORT)}
+    assert render_pages(REPORT) == wanted
+
+
+def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
+    fits = [{"method": "rilq"}, {"method": "finetune", "data": {"file": "rows.jsonl"}}]
+    told = " ".join(render_card({**REPORT, "fits": fits}).split())
+    assert "There `finetune` stands for a training on the rows of `rows.jsonl`, not on" in told
+    assert "not on a calibration text" not in render_card({**REPORT, "fits": fits[:1]})

@@ -14,6 +14,7 @@ import lqec_jax as lqec
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import generate as module
 from lqec_jax.evaluate.generate import (
+    brings_bos,
     choose,
     end_tokens,
     generate,
@@ -190,6 +191,10 @@ def test_a_text_ends_at_the_models_end_token(model):
     ending = dataclasses.replace(model, raw_config=raw)
     assert end_tokens(ending) == {62, int(end[1:])}
     assert generate(ending, "w5 w6", max_new_tokens=12).split() == words[: words.index(end)]
+    # Or by one that generation_config.json alone names, which the tokenizer has read.
+    named = dataclasses.replace(model.tokenizer, end_ids=frozenset({int(end[1:])}))
+    ending = dataclasses.replace(model, tokenizer=named)
+    assert generate(ending, "w5 w6", max_new_tokens=12).split() == words[: words.index(end)]
 
 
 def test_the_context_is_filled_and_not_passed(model):
@@ -221,7 +226,10 @@ def test_a_character_of_several_tokens_comes_whole():
 
 
 def test_a_prompt_gets_its_bos_and_a_conversation_its_template(model):
-    assert read_prompt(model, "w5 w6") == [0, 5, 6]
+    assert read_prompt(model, "w5 w6") == read_prompt(model, "w0 w5 w6") == [0, 5, 6]
+    assert brings_bos(model, "w0 w5") and not brings_bos(model, "w5 w0")
+    assert not brings_bos(model, [{"role": "user", "content": "w0"}])
+    assert not brings_bos(dataclasses.replace(model, tokenizer=None), "w0")
     assert read_prompt(model, [{"role": "user", "content": "w5"}]) == [2, 63, 5, 3]
 
 

@@ -188,3 +188,17 @@ def test_a_page_leaves_out_what_a_report_does_not_hold(left):
 )
 def test_numbers_have_the_digits_that_matter(value, text):
     assert format_number(value) == text
+
+
+def test_an_error_from_before_a_training_is_told_from_one_that_is_no_number():
+    linears = [
+        {**linear, "relative_error": None, "relative_error_before": linear["relative_error"]}
+        for linear in REPORT["linears"][:2]
+    ]
+    fit = {**REPORT["fits"][0], "method": "finetune", "data": {"file": "rows.jsonl"}}
+    page = Page(render_report({**REPORT, "linears": linears, "fits": [fit]}))
+    (kind,) = (row for row in page.rows if row[:1] == ["attn/q"])
+    assert kind[-2:] == ["not measured"] * 2
+    (linear,) = (row for row in page.rows if row[:1] == ["blocks/1/attn/q"])
+    assert "0.2000 before it was trained" in linear
+    assert "finetune, on rows.jsonl" in " ".join(page.words)

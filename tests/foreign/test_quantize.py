@@ -261,8 +261,8 @@ NEEDY = "rtn(bits=2, group_size=4, clip_search='output')"
     "tree, recipe, options, message",
     [
         ({"w": W}, "rtn(bits=2) | rilq()", {}, "rilq needs a whole model"),
-        ({"w": W}, "rtn(bits=2, group_size=3)", {}, "not divisible by group_size=3.*at w; select="),
-        ({"w": W, "v": W}, "svd(rank=5)", {"select": "v"}, "rank=5 is larger.*at v"),
+        ({"w": W}, "rtn(bits=2, group_size=3)", {}, r"by group_size=3 where .*\(w\).*; select="),
+        ({"w": W, "v": W}, "svd(rank=5)", {"select": "v"}, r"rank=5 is larger.*\(v\)"),
         ({"w": W * np.nan}, "svd(rank=1)", {}, "w holds NaN or Inf"),
         ({}, "svd(rank=1)", {}, "a dict without arrays"),
         ("model", "svd(rank=1)", {}, "a str without arrays"),

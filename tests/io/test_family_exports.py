@@ -8,9 +8,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lqec_jax as lqec
-from lqec_jax.core.tree import get_at, is_compressed, set_at, stack_blocks
+from lqec_jax.core.tree import (
+    drop_corrections,
+    each_block,
+    get_at,
+    is_compressed,
+    set_at,
+    stack_blocks,
+)
 from lqec_jax.errors import CheckFailed, InputError
-from lqec_jax.io.base import drop_corrections, each_block
 from lqec_jax.io.exports.export import export_model
 from lqec_jax.io.verify import verify
 from lqec_jax.io.verify.verify import verify_export

@@ -15,6 +15,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.io import files
 from lqec_jax.io.files import (
     check_writable,
+    read_json,
     replace_folder,
     staged_file,
     staged_folder,
@@ -260,3 +261,37 @@ def test_a_folder_takes_the_place_of_another_and_of_nothing_else(tmp_path, exist
     assert names(tmp_path) == ["out", "out.old"]
     assert names(tmp_path / "out") == ["a"]
     assert (tmp_path / "out.old" / "mine").read_text() == "kept"
+
+
+def refusal(call, *arguments):
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_read_json_returns_the_object(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [1, {"b": "é"}]}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == {"a": [1, {"b": "é"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": 1,\n "b": [2,\n', "line 3: not JSON"),
+        (b'{"a": 1\n "b": 2}', "line 2: not JSON"),
+        (b"", "line 1: not JSON"),
+        (b"[1, 2]", "line 1: holds a list, wanted an object"),
+        (b'{"a":\n"\xff"}', "line 2: not UTF-8"),
+    ],
+)
+def test_read_json_names_file_and_line(tmp_path, content, said):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    message = refusal(read_json, path)
+    assert said in message and str(path) in message
+
+
+def test_read_json_missing_or_a_folder(tmp_path):
+    assert "is missing" in refusal(read_json, tmp_path / "no.json")
+    assert "cannot be read" in refusal(read_json, tmp_path)

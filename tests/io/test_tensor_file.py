@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.tensor_file import DTYPES, read_chunks, read_entry, read_header
+from lqec_jax.io.tensor_file import DTYPES, read_chunks, read_entry, read_header, read_part
 
 
 def write(path, header, data=b""):
@@ -53,6 +53,15 @@ def test_scalars_and_empty_tensors(tmp_path):
     entries = read_header(tmp_path / "f.safetensors")
     assert set(entries) == {"a", "b"}
     assert read_entry(entries["a"]) == 3.5 and read_entry(entries["b"]).shape == (0, 4)
+
+
+@pytest.mark.parametrize(("axis", "start", "stop"), [(0, 1, 3), (1, 0, 2), (1, 3, 4), (2, 2, 5)])
+def test_a_part_is_the_slice_of_the_whole(tmp_path, axis, start, stop):
+    array = np.arange(3 * 4 * 5, dtype=np.float16).reshape(3, 4, 5)
+    save_file({"a": np.ones(7, np.float32), "b": array}, tmp_path / "f.safetensors")
+    part = read_part(read_header(tmp_path / "f.safetensors")["b"], axis, start, stop)
+    assert part.dtype == array.dtype
+    np.testing.assert_array_equal(part, np.take(array, range(start, stop), axis))
 
 
 def test_reading_one_tensor_leaves_the_others_on_disk(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lqec_kernels
-from lqec_kernels import api, prepare, use
+from lqec_kernels import api, repack_for_kernels, use
 from lqec_kernels.api import packed_matmul
 from lqec_kernels.formats import Affine, Dense, LowRank
 
@@ -103,17 +103,17 @@ def test_auto_takes_the_first_that_can_and_says_once_which(base, chosen, caplog)
     x, adapters = draw(2, 48), [LowRank(draw(48, 2), draw(2, 7)), LowRank(draw(48, 1), draw(1, 7))]
     with caplog.at_level(logging.INFO, logger="lqec_kernels.api"):
         for _ in range(2):
-            y = packed_matmul(x, prepare(base), corrections=adapters)
+            y = packed_matmul(x, repack_for_kernels(base), corrections=adapters)
         packed_matmul(x, base)
         two = Affine(base.codes[:4], base.scales, None, 2, 16, 48)
-        packed_matmul(x, prepare(two))
+        packed_matmul(x, repack_for_kernels(two))
     dense = np.asarray(base.dense()) + sum(c.a @ c.b for c in adapters)
     np.testing.assert_allclose(y, x @ dense, atol=1e-3)
     assert chosen == ["Planes"] * 3
     assert [record.getMessage() for record in caplog.records] == [
         "packed_matmul takes triton for Planes",
         "packed_matmul takes xla for Affine; not triton: the weight is not in its layout; call "
-        "lqec_kernels.prepare once",
+        "lqec_kernels.repack once",
         "packed_matmul takes xla for Planes; not triton: two bits are too few",
     ]
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lqec_kernels import Dense, prepare
-from lqec_kernels.capability import IMPLEMENTATIONS, ORDER, can_prepare, why_not
+from lqec_kernels import Dense, repack_for_kernels
+from lqec_kernels.capability import IMPLEMENTATIONS, ORDER, can_repack, why_not
 from tests.kernels.products import draw_affine
 
 
@@ -33,7 +33,9 @@ def test_kernels_read_some_formats_some_floats_and_one_device(affine, name):
     assert why_not(name, Dense(jnp.ones((2, 2))), jnp.float32) == "it reads no Dense"
     assert "x is float64; it takes float32" in why_not(name, affine, jnp.float64)
     assert "split over 2 devices" in why_not(name, affine, jnp.float32, shards=2)
-    assert can_prepare(affine) and not can_prepare(five) and not can_prepare(prepare(affine))
+    assert (
+        can_repack(affine) and not can_repack(five) and not can_repack(repack_for_kernels(affine))
+    )
 
 
 def test_a_program_that_the_compiler_splits_takes_no_kernel(affine, monkeypatch):
@@ -57,7 +59,7 @@ def test_a_program_that_the_compiler_splits_takes_no_kernel(affine, monkeypatch)
 def test_pallas_is_of_cpus_and_tpus(affine, monkeypatch):
     for platform in ("cpu", "tpu"):
         on(monkeypatch, platform)
-        assert why_not("pallas", prepare(affine), jnp.bfloat16) == ""
+        assert why_not("pallas", repack_for_kernels(affine), jnp.bfloat16) == ""
         assert why_not("pallas", affine, jnp.bfloat16) == ""
     assert "no float16" in why_not("pallas", affine, jnp.float16)
     on(monkeypatch, "gpu")

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import Affine, ChannelScale, CompressedLinear, Dense, LowRank
+from lqec_kernels.outliers import Outliers
 
 D_IN, D_OUT, GROUP = 96, 10, 32
 KINDS = ("symmetric", "packed", "floating")
@@ -212,3 +214,44 @@ def test_bits_per_weight_counts_everything_stored():
     stack = jax.tree.map(lambda array: np.stack([array] * 3), leaf)
     assert stack.bits_per_weight == leaf.bits_per_weight
     assert CompressedLinear(Dense(jnp.zeros((4, 6)))).bits_per_weight == 32
+
+
+def draw_corrections() -> dict:
+    a, b = draw(2, 128, 4), draw(2, 4, 64, seed=1)
+    places = np.tile(np.arange(3, dtype=np.uint32), (2, 1))
+    return {
+        "low rank": LowRank(jnp.asarray(a), jnp.asarray(b)),
+        "pooled": LowRank(jnp.asarray(a[:, ::16]), jnp.asarray(b), pool=16),
+        "rounded": QuantizedLowRank.round(a, b, bits=3, group_size=32),
+        "outliers": Outliers(jnp.asarray(places), jnp.ones((2, 3), jnp.float16), 128, 64),
+    }
+
+
+def cut(node, axis):
+    """Takes the first half of an array or an Affine along an axis."""
+    size = getattr(node, "d_in", 0)
+    half = jax.tree.map(lambda array: jnp.split(array, 2, axis)[0], node)
+    return dataclasses.replace(half, d_in=size // 2) if size else half
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("name", draw_corrections())
+def test_a_corrections_fields_cut_along_their_axes_are_the_matrix_cut(name, axis):
+    correction = draw_corrections()[name]
+    axes = correction.axes(axis)
+    fields = {field: cut(getattr(correction, field), where) for field, where in axes.items()}
+    half = dataclasses.replace(correction, **fields)
+    # What names no axis stands for the whole matrix on every device.
+    wanted = jnp.split(correction.dense(), 2, axis)[0] if axes else correction.dense()
+    np.testing.assert_allclose(half.dense(), wanted, atol=1e-6)
+    assert len(axes) == (0 if name == "outliers" else 1)
+
+
+@pytest.mark.parametrize("name", draw_corrections())
+def test_a_correction_is_its_factors_or_has_none(name):
+    correction = draw_corrections()[name]
+    factors = correction.factors()
+    assert (factors is None) == (name == "outliers")
+    if factors is not None:
+        assert type(factors) is LowRank and jnp.issubdtype(factors.a.dtype, jnp.floating)
+        np.testing.assert_array_equal(factors.dense(), correction.dense())

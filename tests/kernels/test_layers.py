@@ -14,7 +14,7 @@ from lqec_kernels import (
     Layer,
     LowRank,
     pick_layer,
-    prepare,
+    repack_for_kernels,
     take_layer,
 )
 from tests.kernels.test_reference import assert_near
@@ -34,7 +34,7 @@ def draw_affine() -> Affine:
 
 
 def draw_stack(**parts) -> CompressedLinear:
-    return CompressedLinear(prepare(draw_affine()), **parts)
+    return CompressedLinear(repack_for_kernels(draw_affine()), **parts)
 
 
 def draw_adapter(rank: int, pool: int = 1) -> LowRank:
@@ -76,9 +76,9 @@ def test_picks_stacks_of_weights_and_slices_of_all_else():
     assert np.array_equal(picked["scale"], segment["scale"][1])
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_no_words_of_a_layer_are_sliced_before_its_tiles(prepared):
-    stack = draw_stack() if prepared else CompressedLinear(draw_affine())
+@pytest.mark.parametrize("repacked", [True, False])
+def test_no_words_of_a_layer_are_sliced_before_its_tiles(repacked):
+    stack = draw_stack() if repacked else CompressedLinear(draw_affine())
 
     def scan(stack, x):
         def step(x, index):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lqec_kernels import LowRank, packed_matmul
+from lqec_kernels import LowRank, packed_matmul, repack_for_kernels
 from lqec_kernels.mosaic_matmul import choose_config, mosaic_matmul
 from lqec_kernels.planes import Planes
 from lqec_kernels.tuning import Config
@@ -25,7 +25,6 @@ from tests.kernels.products import (
     draw_adapter,
     draw_affine,
     multiply_densely,
-    prepare,
 )
 from tests.sources import ROOT
 
@@ -35,7 +34,7 @@ ONE_TILE = Config(16, 128, num_stages=2)
 
 @cache
 def draw_base(bits: int, d_in: int, d_out: int, *, group: int, kind="packed", lead=()):
-    return prepare(draw_affine(bits, d_in, d_out, group=group, kind=kind, lead=lead))
+    return repack_for_kernels(draw_affine(bits, d_in, d_out, group=group, kind=kind, lead=lead))
 
 
 # bits, kind, d_in, group, d_out, m, dtype, rank, config. What is not whole tiles: 600 inputs of
@@ -142,7 +141,7 @@ def test_refuses_what_no_kernel_is_written_for():
     assert "not 384" in refusal(jnp.ones((1, 768), "float16"), draw_base(4, 768, 8, group=384))
     assert "40 inputs has one of 64" in refusal(x[:, :40], draw_base(2, 40, 8, group=8))
     affine = draw_affine(2, 512, 128, group=64)
-    assert "not Affine; call lqec_kernels.prepare" in refusal(x, affine)
+    assert "not Affine; call lqec_kernels.repack" in refusal(x, affine)
 
 
 @pytest.mark.gpu_compiler

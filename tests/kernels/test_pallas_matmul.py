@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, set_at
 from lqec_jax.models.stepping import step_fns
-from lqec_kernels import CompressedLinear, LowRank, use
+from lqec_kernels import CompressedLinear, LowRank, repack_for_kernels, use
 from lqec_kernels.api import packed_matmul
 from lqec_kernels.pallas_matmul import choose_config, choose_gpu_config, pallas_matmul
 from lqec_kernels.tuning import Config
@@ -29,7 +29,6 @@ from tests.kernels.products import (
     draw_codebook,
     draw_sparse,
     multiply_densely,
-    prepare,
 )
 
 multiply = partial(packed_matmul, implementation="pallas")
@@ -53,7 +52,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case):
     bits, kind, d_in, group, d_out, m, dtype, ranks = CASES[case]
-    base = prepare(draw_affine(bits, d_in, d_out, group=group, kind=kind))
+    base = repack_for_kernels(draw_affine(bits, d_in, d_out, group=group, kind=kind))
     adapters = [draw_adapter(d_in, d_out, rank, pool) for rank, pool in ranks]
     assert_equals_the_reference("pallas", draw_rows(m, d_in, dtype=dtype), base, adapters)
 
@@ -69,7 +68,9 @@ OTHERS = {
 def test_other_formats_equal_the_reference(kind):
     base = OTHERS[kind]()
     adapter = draw_adapter(base.d_in, 12, 2)
-    assert_equals_the_reference("pallas", draw_rows(2, base.d_in), prepare(base), [adapter])
+    assert_equals_the_reference(
+        "pallas", draw_rows(2, base.d_in), repack_for_kernels(base), [adapter]
+    )
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -79,7 +80,7 @@ def test_gradients_of_other_formats_are_the_references(kind):
 
 
 def test_tiles_of_another_size_make_the_same_product():
-    base, x = prepare(draw_affine(4, 256, 384, group=32)), draw_rows(2, 20, 256)
+    base, x = repack_for_kernels(draw_affine(4, 256, 384, group=32)), draw_rows(2, 20, 256)
     run = jax.jit(partial(pallas_matmul, config=Config(16, 128)))
     assert_near(run(x, base), multiply_densely(x, base), 1e-5)
     assert "grid=(3, 3)" in str(jax.make_jaxpr(run)(x, base))
@@ -88,15 +89,15 @@ def test_tiles_of_another_size_make_the_same_product():
 
 STACKS = {
     "numbers of float32": lambda: replace(
-        prepare(draw_affine(3, 320, 130, group=64, kind="floating", lead=(3,))),
+        repack_for_kernels(draw_affine(3, 320, 130, group=64, kind="floating", lead=(3,))),
         scales=jnp.asarray(draw(3, 5, 130)),
     ),
-    "numbers of float16": lambda: prepare(draw_affine(2, 512, 130, group=64, lead=(3,))),
+    "numbers of float16": lambda: repack_for_kernels(draw_affine(2, 512, 130, group=64, lead=(3,))),
     "levels, scales of scales": lambda: jax.tree.map(
         lambda *layers: jnp.stack(layers),
-        *[prepare(OTHERS["levels of a table, scales of scales"]())] * 3,
+        *[repack_for_kernels(OTHERS["levels of a table, scales of scales"]())] * 3,
     ),
-    "two of four": lambda: prepare(draw_sparse(4, 512, 12, group=32, lead=(3,))),
+    "two of four": lambda: repack_for_kernels(draw_sparse(4, 512, 12, group=32, lead=(3,))),
 }
 
 
@@ -134,18 +135,18 @@ def test_a_kernel_is_given_the_stack_and_columns_of_any_number():
 
 
 def test_gradients_are_the_references():
-    base = prepare(draw_affine(3, 64, 12, group=16, kind="floating"))
+    base = repack_for_kernels(draw_affine(3, 64, 12, group=16, kind="floating"))
     adapters = [draw_adapter(64, 12, 3), draw_adapter(64, 12, 2, 16)]
     assert_gradients_are_the_references("pallas", draw_rows(4, 64), base, adapters)
 
 
-def test_what_was_not_prepared_is_repacked_and_gets_its_own_gradients():
+def test_what_was_not_repacked_is_repacked_in_the_program_and_gets_its_own_gradients():
     base = draw_affine(2, 40, 10, group=8)
     assert_gradients_are_the_references("pallas", draw_rows(2, 40), base, ())
 
 
 def test_under_scan_and_vmap_with_gradients():
-    stack, x = prepare(draw_affine(2, 32, 32, group=32, lead=(2,))), draw_rows(3, 32)
+    stack, x = repack_for_kernels(draw_affine(2, 32, 32, group=32, lead=(2,))), draw_rows(3, 32)
 
     @partial(jax.jit, static_argnums=0)
     def answers(multiply, x):
@@ -165,7 +166,7 @@ def test_under_scan_and_vmap_with_gradients():
 def test_under_shard_map_with_a_weight_that_every_device_holds():
     if jax.device_count() < 2:
         pytest.skip("one device")
-    base, x = prepare(draw_affine(2, 32, 6, group=8, kind="floating")), draw_rows(4, 32)
+    base, x = repack_for_kernels(draw_affine(2, 32, 6, group=8, kind="floating")), draw_rows(4, 32)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     data, whole = PartitionSpec("data"), PartitionSpec()
     share = partial(jax.shard_map, mesh=mesh, in_specs=(data, whole), out_specs=data)
@@ -191,7 +192,9 @@ def lower(platform: str, x, base, low_rank, layer=None, **options) -> str:
 
 @pytest.mark.parametrize("kind", [2, 3, 4, 8, *OTHERS])
 def test_lowers_for_tpus_and_nvidia_gpus_without_one(kind):
-    base = prepare(OTHERS[kind]() if kind in OTHERS else draw_affine(kind, 512, 256, group=64))
+    base = repack_for_kernels(
+        OTHERS[kind]() if kind in OTHERS else draw_affine(kind, 512, 256, group=64)
+    )
     x = draw_rows(1, base.d_in, dtype="bfloat16")
     factors = (draw_rows(base.d_in, 20, dtype="bfloat16"), draw_rows(20, base.d_out))
     assert "tpu_custom_call" in lower("tpu", x, base, factors)
@@ -236,7 +239,7 @@ def test_a_model_answers_and_generates_by_it(tmp_path):
         base = draw_affine(bits, d_in, d_out, group=16, lead=(1,))
         leaf = CompressedLinear(base, (LowRank(jnp.ones((1, d_in, 1)), jnp.ones((1, 1, d_out))),))
         block = set_at(block, f"{path}/kernel", leaf)
-    model = replace(model, params=prepare({**model.params, "blocks": (block,)}))
+    model = replace(model, params=repack_for_kernels({**model.params, "blocks": (block,)}))
     fns = step_fns(model.config, jnp.float32)
 
     @jax.jit

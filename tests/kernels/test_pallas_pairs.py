@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lqec_kernels import repack_for_kernels
 from lqec_kernels.pallas_matmul import pallas_matmul
 from lqec_kernels.pallas_pairs import can_pair, interleave, multiply_pairs, open_pairs
 from lqec_kernels.planes import join_planes
-from tests.kernels.products import assert_near, draw, draw_affine, multiply_densely, prepare
+from tests.kernels.products import assert_near, draw, draw_affine, multiply_densely
 
 
 def test_the_halves_of_a_unit_lie_one_in_the_other():
@@ -22,7 +23,7 @@ def test_the_halves_of_a_unit_lie_one_in_the_other():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_code_is_what_stands_behind_the_point_of_its_number(bits):
-    base = prepare(draw_affine(bits, 512, 5, group=64))
+    base = repack_for_kernels(draw_affine(bits, 512, 5, group=64))
 
     @jax.jit
     def read(planes):
@@ -49,7 +50,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_sums_are_those_of_float32(case):
     bits, kind, d_in, group, m = CASES[case]
-    base = prepare(draw_affine(bits, d_in, 130, group=group, kind=kind))
+    base = repack_for_kernels(draw_affine(bits, d_in, 130, group=group, kind=kind))
     x = jnp.asarray(draw(m, d_in), jnp.bfloat16)
     assert can_pair(base, m, x.dtype)
 
@@ -64,17 +65,17 @@ def test_sums_are_those_of_float32(case):
 
 
 def test_is_taken_for_few_rows_of_bfloat16_only():
-    base = prepare(draw_affine(2, 512, 5, group=64))
+    base = repack_for_kernels(draw_affine(2, 512, 5, group=64))
     assert can_pair(base, 16, jnp.bfloat16) and not can_pair(base, 17, jnp.bfloat16)
-    assert can_pair(prepare(draw_affine(2, 512, 5, group=512)), 64, jnp.bfloat16)
+    assert can_pair(repack_for_kernels(draw_affine(2, 512, 5, group=512)), 64, jnp.bfloat16)
     assert not can_pair(base, 1, jnp.float32)
-    assert not can_pair(prepare(draw_affine(8, 512, 5, group=64)), 1, jnp.bfloat16)
-    assert not can_pair(prepare(draw_affine(2, 64, 5, group=64)), 1, jnp.bfloat16)
+    assert not can_pair(repack_for_kernels(draw_affine(8, 512, 5, group=64)), 1, jnp.bfloat16)
+    assert not can_pair(repack_for_kernels(draw_affine(2, 64, 5, group=64)), 1, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("m", [1, 20])
 def test_the_kernel_takes_it_where_it_can(m):
-    base = prepare(draw_affine(2, 320, 130, group=64, kind="floating"))
+    base = repack_for_kernels(draw_affine(2, 320, 130, group=64, kind="floating"))
     a, b = jnp.asarray(draw(320, 4) / 8), jnp.asarray(draw(4, 130, seed=1) / 8)
     x = jnp.asarray(draw(m, 320), jnp.bfloat16)
     # x beside itself interleaved is what is multiplied by pairs.

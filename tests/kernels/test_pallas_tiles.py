@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lqec_kernels import Dense
+from lqec_kernels import Dense, repack_for_kernels
 from lqec_kernels.pallas_tiles import Groups, read_blocks
 from tests.kernels.products import (
     dense_of,
@@ -15,7 +15,6 @@ from tests.kernels.products import (
     draw_affine,
     draw_codebook,
     draw_sparse,
-    prepare,
 )
 
 # Format -> d_in and what is drawn; units of 256 and of fewer, padded and whole.
@@ -41,7 +40,7 @@ def open_all(blocks) -> jax.Array:
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_the_weight(kind, on_gpu):
     d_in, make = KINDS[kind]
-    base, x = prepare(make()), draw(2, d_in)
+    base, x = repack_for_kernels(make()), draw(2, d_in)
 
     @jax.jit
     def multiply(x, base):
@@ -56,14 +55,14 @@ def test_blocks_are_the_weight(kind, on_gpu):
 
 
 def test_arrays_are_the_bases_own_stacks_too():
-    base = prepare(draw_affine(3, 512, 5, group=64, lead=(2,)))
+    base = repack_for_kernels(draw_affine(3, 512, 5, group=64, lead=(2,)))
     blocks = read_blocks(base)
     own = [*base.planes, base.scales, base.offsets]
     assert all(array is wanted for array, wanted in zip(blocks.arrays, own, strict=True))
     assert (blocks.steps, blocks.parts, blocks.size) == (2, 1, 256)
     # What is stacked is cut as one is.
     assert blocks.cut(jnp.ones((7, 3, 512))).shape == (7, 1, 3, 512)
-    assert read_blocks(prepare(draw_sparse(4, 512, 12, group=32))).cut(
+    assert read_blocks(repack_for_kernels(draw_sparse(4, 512, 12, group=32))).cut(
         jnp.ones((7, 3, 512))
     ).shape == (7, 4, 3, 128)
 
@@ -89,6 +88,6 @@ def test_refuses_what_it_cannot_read_and_says_why():
     with pytest.raises(NotImplementedError, match="reads no Dense; 'xla' takes every format"):
         read_blocks(Dense(jnp.ones((4, 4))))
     with pytest.raises(NotImplementedError, match="groups of 60 rows and units of 256 share bl"):
-        read_blocks(prepare(draw_affine(2, 300, 5, group=60)))
+        read_blocks(repack_for_kernels(draw_affine(2, 300, 5, group=60)))
     with pytest.raises(NotImplementedError, match="chooses among 16 levels, not 256"):
-        read_blocks(prepare(draw_codebook(8, 40, 5)))
+        read_blocks(repack_for_kernels(draw_codebook(8, 40, 5)))

@@ -372,7 +372,7 @@ def refusal(x, base) -> str:
 
 
 def test_refuses_what_no_kernel_reads():
-    assert "call lqec_kernels.prepare" in refusal(draw(1, 4), lqec_kernels.Dense(jnp.ones((4, 2))))
+    assert "call lqec_kernels.repack" in refusal(draw(1, 4), lqec_kernels.Dense(jnp.ones((4, 2))))
     small = draw_base(2, d_in=40)
     assert "40 inputs has one of 64" in refusal(draw(1, 40), small)
     assert "not int32" in refusal(jnp.ones((1, D_IN), jnp.int32), draw_base(2))

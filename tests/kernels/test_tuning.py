@@ -76,18 +76,18 @@ def test_the_fastest_is_chosen_and_remembered(tmp_path):
 
 
 def test_a_configuration_that_cannot_run_is_passed_over(tmp_path):
-    def prepare_run(config: Config):
+    def make_run(config: Config):
         if config.block_n > 64:
             raise RuntimeError("out of registers\nand more")
         return lambda: config
 
     options = {"measure": time_by_columns, "folder": tmp_path}
     candidates = [Config(8, 64), Config(8, 128)]
-    assert autotune(HERE, prepare_run, candidates=candidates, **options) == candidates[0]
+    assert autotune(HERE, make_run, candidates=candidates, **options) == candidates[0]
     with pytest.raises(
         RuntimeError, match=r"no configuration runs for rows 4x.*: out of registers$"
     ):
-        autotune(HERE, prepare_run, candidates=candidates[1:], **options)
+        autotune(HERE, make_run, candidates=candidates[1:], **options)
 
 
 def test_a_cache_that_is_no_json_is_said_and_replaced(tmp_path, caplog):

@@ -9,7 +9,7 @@ import pytest
 from lqec_jax.errors import InputError
 from lqec_jax.models.config import ModelConfig, Rope
 from lqec_jax.models.families import FAMILIES, family, read_config
-from lqec_jax.models.parameters import EVERYTHING, linear_groups, outer_shapes, with_constants
+from lqec_jax.models.parameters import EVERYTHING, linear_sites, outer_shapes, with_constants
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VARIANTS = json.loads((GOLDEN / "family_variants.json").read_text())
@@ -66,7 +66,7 @@ def test_defaults_of_opt():
         attention_bias=True, output_bias=True, mlp_bias=True, tied_head=True,
     )  # fmt: skip
     assert outer_shapes(read("opt"))["embed/positions"] == (2050, 48)
-    assert linear_groups(read("opt"))[2] == ("mlp/up",)
+    assert [site.path for site in linear_sites(read("opt")) if site.group == 2] == ["mlp/up"]
 
 
 def test_defaults_of_gemma2():

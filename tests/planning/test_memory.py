@@ -13,7 +13,7 @@ from lqec_jax.models.decoder import model_fns
 from lqec_jax.planning.memory import (
     PROCESS,
     RUNTIME,
-    Text,
+    TextSize,
     device_peak,
     estimate_phases,
     host_peak,
@@ -28,7 +28,7 @@ from tests.planning.shapes import LLAMA_7B
 from tests.train.tiny import draw_decoder, make_config
 
 RECIPE = parse_recipe("rtn(bits=2, group_size=64) | rilq(rank=64)")
-TEXT = Text(seqlen=512, windows=320, score=64)
+TEXT = TextSize(seqlen=512, windows=320, score=64)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_xla_counts_as_much_for_an_update(tmp_path):
     rank = next(c.a.shape[-1] for c in shapes["blocks"][0]["attn"]["q"]["kernel"].corrections)
     recipe = parse_recipe(f"rtn(bits=2, group_size=32) | rilq(rank={rank}, batch={batch})")
     sizes = measure_model(str(tmp_path), recipe)
-    parts = phases(sizes, Text(t, batch, 1), on_cpu=True, recipe=recipe)[1].device
+    parts = phases(sizes, TextSize(t, batch, 1), on_cpu=True, recipe=recipe)[1].device
     planned = sum(parts[name] for name in ("gradients", "activations", "logits"))
     assert np.log(planned / held) == pytest.approx(0, abs=np.log(1.35))
 
@@ -145,6 +145,25 @@ def test_a_block_step_holds_one_block_whatever_the_depth(sizes):
     assert device_peak([stream, block]) < 10e9  # of a model of 13.5 GB
     mapped = "both streams and the answers, as mapped files"
     assert block.host[mapped] == 3 * TEXT.windows * TEXT.seqlen * 4096 * 2
+
+
+def test_weights_on_moments_hold_grams_and_one_weight_s_training(sizes):
+    stream, block = plan_block(sizes, "apiq(bits=2, group_size=64, rank=64, scope='linear')")
+    assert block.name == "apiq, one block"
+    d, ff = 4096, 11008
+    halves = 2 * ff * (ff + d)  # of training and of validation: a gram and a drift of mlp/down
+    assert block.device["moments of what a group of linears reads"] == 4 * (halves + 4 * ff**2)
+    largest = 2 * d * ff // 64 + 64 * (d + ff)
+    assert block.device["what is trained of a weight, its moments, the best"] == 4 * 4 * largest
+    assert block.host["both streams, as mapped files"] == 2 * 320 * 512 * d * 2
+    # Another text does not make it larger, and no answer is kept.
+    longer = TextSize(TEXT.seqlen, 2 * TEXT.windows, TEXT.score)
+    assert plan_block(sizes, "apiq(scope='linear')", longer)[1].device == (
+        plan_block(sizes, "apiq(scope='linear')")[1].device
+    )
+    kept = [run_bytes(sizes, parse_recipe(f"apiq(scope={scope!r})"), TEXT, on_cpu=False)
+            for scope in ("block", "linear")]  # fmt: skip
+    assert kept[0] - kept[1] == 320 * 512 * d * 2
 
 
 def test_a_step_that_trains_scales_is_counted_by_them(tmp_path):

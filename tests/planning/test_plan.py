@@ -109,3 +109,31 @@ def test_a_block_step_costs_its_epochs(seven):
     assert two - one == pytest.approx(epoch, rel=0.01)
     assert three - two == pytest.approx(two - one)
     assert seconds("omniquant(epochs=1)") > seconds("rtn()") + epoch
+
+
+def test_training_on_moments_costs_its_updates_and_no_epochs(seven):
+    def plan(arguments="", **options):
+        recipe = f"apiq(rank=64, scope='linear'{arguments})"
+        return lqec.plan(seven, recipe, **options)["machines"][0]
+
+    def seconds(*arguments, **options):
+        return plan(*arguments, **options)["seconds"]
+
+    assert seconds(", epochs=1") == seconds(", epochs=9")
+    # An update is two products of a gram with a weight, whatever the text.
+    d, ff, speed = 4096, 11008, 0.35 * 65e12
+    update = 32 * 4 * (4 * d**3 + 2 * d**2 * ff + ff**2 * d) / speed
+    for windows in (64, 320):
+        more = seconds(", updates=300", windows=windows) - seconds(", updates=200", windows=windows)
+        assert more == pytest.approx(100 * update, rel=1e-6)
+    assert seconds(windows=320) > seconds(windows=64)
+    block = lqec.plan(seven, "apiq(rank=64, scope='block')")["machines"][0]
+    assert plan()["host_peak_bytes"] < block["host_peak_bytes"]
+
+
+def test_a_paper_s_accounting_is_asked_for(seven, facts):
+    assert "int21" not in facts
+    asked = lqec.plan(seven, RECIPE, paper="int2.1")
+    assert asked.pop("int21")["bits"] == 2 and asked == facts
+    with pytest.raises(InputError, match="plan: paper='int21'; one of 'int2.1' was wanted"):
+        lqec.plan(seven, RECIPE, paper="int21")

@@ -8,7 +8,7 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact import artifact
+from lqec_jax.io import tensor_file
 from lqec_jax.planning.sizes import measure_model
 from lqec_jax.recipe import parse_recipe
 from tests.golden.tiny_checkpoint import RAW, SEQLEN, make_tokens, write_checkpoint
@@ -25,10 +25,10 @@ def measure(folder, recipe=RECIPES[0]):
     return measure_model(str(folder), parse_recipe(recipe))
 
 
-@pytest.mark.parametrize("shard_bytes", [artifact.SHARD_BYTES, 4000])
+@pytest.mark.parametrize("shard_bytes", [tensor_file.SHARD_BYTES, 4000])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_artifact_has_the_planned_bytes(folder, tmp_path, recipe, shard_bytes, monkeypatch):
-    monkeypatch.setattr(artifact, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", shard_bytes)
     small = lqec.compress(folder, recipe, make_tokens(4), seqlen=SEQLEN, windows=4)
     lqec.save(small, tmp_path / "out")
     files = list((tmp_path / "out").glob("*.safetensors"))

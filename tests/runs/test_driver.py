@@ -11,7 +11,14 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import get_at, unstack_blocks
 from lqec_jax.core.types import Evaluation, ModelSolution, Step, weight_error
 from lqec_jax.errors import InputError
+from lqec_jax.io.sources.source import open_folder, read_source
+from lqec_jax.models import decoder
+from lqec_jax.planning.memory import TextSize, estimate_phases
+from lqec_jax.planning.sizes import measure_model
 from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.runs.driver import Driver
+from lqec_jax.runs.folder import Run
+from lqec_jax.runs.job import prepare
 from lqec_jax.train.sharding import make_mesh
 from lqec_kernels.formats import Affine, CompressedLinear, Dense
 from tests.golden.tiny_checkpoint import RILQ, SEQLEN, make_tokens, write_checkpoint
@@ -189,6 +196,25 @@ def test_a_model_step_after_one_that_trained_the_norm_has_the_teacher_s(folder, 
     (norm,) = jax.tree.leaves(teacher.params["norm"])
     for params, times in ((before.params, 1), (after.params, 2), (after.outer, 1)):
         np.testing.assert_array_equal(jax.tree.leaves(params["norm"])[0], times * norm)
+
+
+@pytest.mark.parametrize(("batch", "remat"), [(1, False), (8, False), (9, True)])
+def test_blocks_are_recomputed_where_the_largest_batch_would_keep_too_much(
+    folder, tmp_path, monkeypatch, batch, remat
+):
+    config, kept = read_source(open_folder(folder / "model")).config, 4 * 8 * SEQLEN * 5 * 640
+    monkeypatch.setattr(decoder, "REMAT_BYTES", kept)
+    assert decoder.count_kept(config) == 8 * 32 + 4 * 4 * 8 + 4 * 64 == 640
+    recipe = f"{SEEING} | rilq(rank=2, batch=2) | rilq(rank=2, batch={batch})"
+    run = Run.begin(tmp_path / "out", {}, resume=False, overwrite=False)
+    made = prepare(folder / "model", recipe, TOKENS, seqlen=SEQLEN)
+    driver = Driver(made.source, made.recipe, made.text, run)
+    assert driver.fns is decoder.model_fns(config, jnp.float32, remat=remat)
+    # And so is it planned: of one window of a kept block everything, of a recomputed one its input.
+    sizes = measure_model(str(folder / "model"), made.recipe)
+    *_, train = estimate_phases(sizes, made.recipe, TextSize(SEQLEN, 10, 2), on_cpu=False)
+    width, tokens = (5 * 32 + 640 if remat else 5 * 640), SEQLEN * batch
+    assert train.device["activations"] == 2 * tokens * width
 
 
 # ---- refusals and reports

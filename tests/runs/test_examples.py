@@ -9,6 +9,7 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
+from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.examples import Rows, prepare_tuning
 from tests.io.packed_models import make_model
 
@@ -56,6 +57,21 @@ def test_rows_to_look_at_are_the_last_or_a_files_own(model, tmp_path):
         prepare(model, Rows(write(tmp_path / "one.jsonl", 1)))
 
 
+def test_rows_with_ends_of_their_own_are_counted_and_said(model, tmp_path):
+    ends = replace(model, tokenizer=SimpleNamespace(
+        bos_id=1, eos_id=2, encode=lambda text: [ord(c) % 60 for c in text], files=lambda: []
+    ))  # fmt: skip
+    rows, val = (
+        write(tmp_path / "rows.jsonl", 4, "\x01ab"),
+        write(tmp_path / "val.jsonl", 2, "a\x02"),
+    )
+    job = prepare(ends, Rows(rows))
+    assert job.facts["own_ends_rows"] == 4
+    assert "4 rows bring their own BOS or EOS, none gets a second" in job.data_in_words
+    assert prepare(ends, Rows(rows, val=val)).facts["own_ends_rows"] == 6
+    assert "own BOS" not in prepare(model, Rows(rows)).data_in_words
+
+
 def test_what_decides_the_result_is_in_the_fingerprint(model, tmp_path):
     rows = Rows(write(tmp_path / "rows.jsonl", 4))
     one = prepare(model, rows).fingerprint
@@ -65,6 +81,40 @@ def test_what_decides_the_result_is_in_the_fingerprint(model, tmp_path):
     assert [name for name in one if one[name] != other[name]] == ["model"]
     longer = prepare(model, Rows(write(tmp_path / "longer.jsonl", 4, "abcd"))).fingerprint
     assert [name for name in one if one[name] != longer[name]] == ["examples"]
+
+
+def report_linears(model, error):
+    return {"linears": [
+        {"path": f"blocks/{layer}/{path}", "bits_per_weight": 1.0, "relative_error": error,
+         "steps": []}
+        for layer in range(model.config.layers) for path in model.fns.linears
+    ]}  # fmt: skip
+
+
+def test_a_trained_weight_has_no_error_that_was_measured_before(model, tmp_path):
+    model = replace(model, report=report_linears(model, 0.25))
+    rows = write(tmp_path / "rows.jsonl", 8)
+    settings = {"updates": 2, "batch": 4, "eval_every": 1, "lr": 0.01}
+    tuned = lqec.finetune(model, rows, **settings)
+    (fit,) = tuned.report["fits"]
+    assert fit["best_update"] > 0 and fit["data"]["file"] == "rows.jsonl"
+    assert fit["data"]["examples"] == prepare(model, Rows(rows), **settings).fingerprint["examples"]
+    for linear in tuned.report["linears"]:
+        assert linear["relative_error"] is None and linear["relative_error_before"] == 0.25
+        assert linear["bits_per_weight"] > 2
+    assert str(parse_recipe(tuned.recipe.partition(" | ")[2])) in tuned.recipe
+    # Once more: what was measured last is still the compression's.
+    again = lqec.finetune(tuned, rows, **settings).report
+    assert {linear["relative_error_before"] for linear in again["linears"]} == {0.25}
+    assert [fit["data"]["file"] for fit in again["fits"]] == ["rows.jsonl"] * 2
+
+
+def test_a_training_that_gains_nothing_leaves_what_was_measured(model, tmp_path):
+    model = replace(model, report=report_linears(model, 0.25))
+    tuned = lqec.finetune(model, write(tmp_path / "rows.jsonl", 8), updates=1, batch=4, lr=1e-30)
+    assert tuned.report["fits"][0]["best_update"] == 0
+    for linear in tuned.report["linears"]:
+        assert linear["relative_error"] == 0.25 and "relative_error_before" not in linear
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,22 @@ def test_a_finished_run_leaves_the_artifact_alone(out):
     assert (out / "weights").read_text() == "new"
 
 
+def test_an_artifact_waits_for_its_name_once_it_is_whole(out):
+    run = begin(out)
+    folder = run.begin_artifact()
+    (folder / "weights").write_text("half of it")
+    assert run.artifact is None and begin(out, resume=True).artifact is None
+    folder = begin(out, resume=True).begin_artifact()
+    assert list(folder.iterdir()) == [] and oct(folder.stat().st_mode)[-3:] == "755"
+    (folder / "weights").write_text("new")
+    run.commit(artifact=True)
+    again = begin(out, resume=True)
+    assert again.artifact == run.artifact == folder
+    again.finish(again.artifact)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "weights").read_text() == "new" and again.artifact is None
+
+
 def test_a_run_without_a_name_works_in_a_folder_of_its_own():
     runs = [Run.begin(None, SETTINGS, resume=False, overwrite=False) for _ in range(2)]
     assert runs[0].folder != runs[1].folder

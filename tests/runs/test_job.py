@@ -1,7 +1,9 @@
 """What is checked before a run, and what identifies it."""
 
 import dataclasses
+import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,8 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.core.tree import set_at
 from lqec_jax.errors import InputError
-from lqec_jax.io.tensor_file import read_entry
-from lqec_jax.runs.job import make_windows, open_source, prepare, read_windows, resolve_dtype
+from lqec_jax.runs.job import prepare, resolve_dtype
+from lqec_jax.runs.text import read_text
 from tests.golden.tiny_checkpoint import SEQLEN, make_tokens, write_checkpoint, write_tokens
 
 RECIPE = "rtn(bits=2, group_size=16)"
@@ -28,19 +30,26 @@ def job(folder, recipe=RECIPE, tokens=None, **options):
     return prepare(folder, recipe, tokens, **({"seqlen": SEQLEN, "windows": 10} | options))
 
 
-def test_windows_are_split_in_order(folder):
-    text = job(folder).text
-    windows = make_tokens(10).reshape(10, SEQLEN)
-    np.testing.assert_array_equal(text.train, windows[:8])
-    np.testing.assert_array_equal(text.val, windows[8:])
-    np.testing.assert_array_equal(text.score, windows[8:])
-    assert text.protocol == "calib-val"
-
-
 def test_a_short_text_is_used_and_said(folder):
     prepared = job(folder, windows=50)
     assert len(prepared.text.windows) == 10
     assert "the text holds no more of the 50 asked for" in prepared.text_in_words
+
+
+def test_documents_with_a_bos_of_their_own_are_said(folder, tmp_path):
+    text = tmp_path / "a.jsonl"
+    rows = [{"text": mark + "ab" * 20} for mark in ("\x01", "", "\x01")]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = lqec.load(folder).config
+
+    def read(bos_id):
+        words = SimpleNamespace(bos_id=bos_id, encode=lambda text: [ord(c) % 60 for c in text])
+        return read_text(config, words, text, text, seqlen=SEQLEN, windows=3, val_ratio=0.5)
+
+    note = "a.jsonl: 2 of 3 documents bring their own BOS; none gets a second"
+    assert read(1).notes == (note, note) and read(2).notes == ()
+    prepared = dataclasses.replace(job(folder), text=read(1))
+    assert prepared.text_in_words.endswith(f"; {note}; {note}")
 
 
 @pytest.mark.parametrize(
@@ -59,22 +68,9 @@ def test_the_fingerprint_changes_with_what_decides_the_result(folder, changes, f
     assert [name for name in before if before[name] != after[name]] == [field]
 
 
-def test_the_fingerprint_changes_with_the_model(folder, tmp_path):
-    other = write_checkpoint(tmp_path / "other", seed=1)
-    assert open_source(folder)[0].fingerprint != open_source(other)[0].fingerprint
-
-
 def test_defaults_written_out_are_the_same_run(folder):
     short, long = job(folder), job(folder, recipe=str(job(folder).recipe))
     assert short.fingerprint == long.fingerprint
-
-
-def test_windows_of_another_length_are_refused(folder):
-    config = open_source(folder)[0].config
-    with pytest.raises(InputError, match=r"integers \[n\] or \[n, 32\]"):
-        make_windows(config, np.zeros((2, 16), np.int32), SEQLEN)
-    with pytest.raises(InputError, match="integers"):
-        make_windows(config, np.zeros(64), SEQLEN)
 
 
 def test_dtypes_by_name():
@@ -98,20 +94,6 @@ def test_sizes_are_known_from_shapes_alone(folder):
     assert isinstance(up.base.codes, jax.ShapeDtypeStruct)
 
 
-def test_opening_reads_no_block(folder, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        "lqec_jax.io.sources.hf.read_entry",
-        lambda entry: read.append(entry.shape) or read_entry(entry),
-    )
-    source, checkpoint = open_source(folder)
-    assert sorted(read) == [(32,), (64, 32), (64, 32)]  # norm, embedding, head
-    block = source.block(1)
-    assert len(read) == 3 + 9
-    stored = checkpoint.read("model.layers.1.mlp.down_proj.weight")
-    np.testing.assert_array_equal(block["mlp"]["down"]["kernel"], stored.T)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -124,7 +106,10 @@ def test_opening_reads_no_block(folder, monkeypatch):
         ({"tokens": np.zeros((2, 2, 32), int)}, "int64 [2, 2, 32]; integers"),
         ({"tokens": np.full(99, 64)}, "token 0 is id 64, outside the model's vocabulary of 64"),
         ({"eval": np.zeros(31, int)}, "31 tokens do not fill one window of 32"),
-        ({"recipe": "rtn(bits=2, group_size=24)"}, "(at every block's attn/q)"),
+        (
+            {"recipe": "rtn(bits=2, group_size=24)"},
+            "group_size=24 where that is 32 (every block's attn/q, attn/k,",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused(folder, changes, message):
@@ -149,10 +134,3 @@ def test_a_model_in_memory_is_checked_too(folder):
         prepare(dataclasses.replace(model, recipe="rtn()"), RECIPE, make_tokens(6), seqlen=SEQLEN)
     with pytest.raises(InputError, match="no calibration text"):
         prepare(model, RECIPE)
-
-
-def test_ids_from_a_file_follow_no_protocol(folder, tmp_path):
-    path = write_tokens(tmp_path / "text.npy", 3)
-    windows, protocol = read_windows(lqec.load(folder), path, SEQLEN, 2)
-    np.testing.assert_array_equal(windows, make_tokens(3)[: 2 * SEQLEN].reshape(2, SEQLEN))
-    assert protocol == "tokens"

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from lqec_jax.core.types import Evaluation
+from lqec_jax.core.types import Evaluation, Schedule
 from lqec_jax.errors import InputError
-from lqec_jax.train.fit import Fitted, Objective, Progress, Schedule, _Order, fit
+from lqec_jax.train.fit import Fitted, Objective, Progress, _Order, fit
 from tests.train.tiny import Problem, adapters, make_plain_problem
 
 RATE = 0.1
@@ -63,7 +63,7 @@ def overfitting() -> Points:
     return Points(train=[1.0] * 4, val=[0.6] * 3)
 
 
-OVERFIT = Schedule(updates=14, batch=2, eval_every=2, patience=None)
+OVERFIT = Schedule(updates=14, batch=2, eval_every=2, patience=0)
 
 
 def test_the_best_parameters_are_returned_not_the_last():
@@ -78,7 +78,7 @@ def test_the_best_parameters_are_returned_not_the_last():
 
 
 def test_the_training_loss_is_the_mean_since_the_last_look():
-    fitted = fit_points(overfitting(), Schedule(updates=7, batch=2, eval_every=3, patience=None))
+    fitted = fit_points(overfitting(), Schedule(updates=7, batch=2, eval_every=3, patience=0))
     assert [point.update for point in fitted.history] == [0, 3, 6, 7]
     assert fitted.history[0].train_loss is None
     for before, after in zip(fitted.history, fitted.history[1:], strict=False):
@@ -89,7 +89,7 @@ def test_the_training_loss_is_the_mean_since_the_last_look():
 
 def test_every_validation_window_counts_once_and_alike():
     points = Points(train=[1.0], val=[0.0, 1.0, 2.0, 3.0, 5.0])
-    schedule = Schedule(updates=1, batch=4, accumulate=2, eval_every=1, patience=None)
+    schedule = Schedule(updates=1, batch=4, accumulate=2, eval_every=1, patience=0)
     fitted = fit_points(points, schedule)
     assert fitted.history[0].val_loss == pytest.approx((0 + 1 + 4 + 9 + 25) / 5, rel=1e-6)
     # Two windows at a time, as many as an update's part has.
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_best_is_kept(every, came):
     # Fair up to the first look, then absurd: w is too large, then infinite, then not a number.
     rates = optax.piecewise_constant_schedule(RATE, {every: 1e30 / RATE})
     points = Points(train=[1.0] * 4, val=[1.0])
-    schedule = Schedule(updates=40, batch=2, eval_every=every, patience=None)
+    schedule = Schedule(updates=40, batch=2, eval_every=every, patience=0)
     fitted = fit_points(points, schedule, optax.sgd(rates))
     assert [point.update for point in fitted.history] == [0, every, 2 * every]
     note = f"the loss was {came} at update {2 * every}; the parameters of update {every} are kept"
@@ -170,7 +170,7 @@ def test_the_order_is_a_function_of_the_key_alone():
 def test_updates_take_windows_in_that_order():
     def seen(seed: int) -> np.ndarray:
         points = Points(train=range(6), val=[0.0, 1.0])
-        schedule = Schedule(updates=6, batch=4, eval_every=4, patience=None)
+        schedule = Schedule(updates=6, batch=4, eval_every=4, patience=0)
         fit_points(points, schedule, seed=seed)
         batches = points.seen_in_training()
         assert [len(numbers) for numbers in batches] == [4] * 6
@@ -220,7 +220,7 @@ def problem() -> Problem:
 
 
 # Few windows and a high rate: the best comes before the end, and so before one of the cuts.
-LONG = Schedule(updates=14, batch=3, accumulate=1, eval_every=3, patience=None)
+LONG = Schedule(updates=14, batch=3, accumulate=1, eval_every=3, patience=0)
 
 
 def run(problem: Problem, optimizer, session=None, schedule: Schedule = LONG) -> Fitted:
@@ -275,7 +275,7 @@ def test_a_finished_run_is_not_run_again(problem, unbroken):
 
 def test_an_absurd_rate_returns_the_adapters_given(problem):
     given = as_bytes(problem.params)
-    schedule = Schedule(updates=4, batch=3, eval_every=2, patience=None)
+    schedule = Schedule(updates=4, batch=3, eval_every=2, patience=0)
     fitted = run(problem, optax.adam(1e3), schedule=schedule)
     assert fitted.best_update == 0
     note = "no update lowered the validation loss; the parameters are those it began with"

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 
 from lqec_jax.core.tree import combine, get_at, is_compressed, partition
-from lqec_jax.train import losses
+from lqec_jax.core.types import ModelProblem, Windows, Work
+from lqec_jax.errors import InputError
+from lqec_jax.train import vocabulary
 from lqec_jax.train.losses import (
-    find_top,
+    Discrepancy,
+    Divergence,
+    ModelLoss,
+    NextToken,
     lrec,
     mean_square,
-    next_token_nll,
     rilq,
-    rilq_terms,
 )
+from lqec_jax.train.vocabulary import find_top
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from tests.train.oracles import (
     BATCH,
@@ -27,12 +31,10 @@ from tests.train.oracles import (
     WEIGHTS,
     D,
     draw_student,
-    head_only,
     numpy_hidden,
     numpy_nll,
     numpy_norm,
 )
-from tests.train.tiny import VOCAB
 
 TARGETS = ("post_norm", "pre_norm", "logits")
 
@@ -65,8 +67,9 @@ def test_the_loss_is_its_formula(student, teacher_hidden, target):
 
     @jax.jit
     def run(params, teacher, model_weight, token_weight):
-        weights = {"model_weight": model_weight, "token_weight": token_weight}
-        return rilq_terms(FNS, teacher, params, TOKENS, target=target, **weights)
+        loss = ModelLoss((Discrepancy(model_weight, target), NextToken(token_weight)))
+        name = "answers" if target == "post_norm" else "teacher"
+        return loss(FNS, params, {"tokens": TOKENS, name: teacher})
 
     for model_weight, token_weight in ((0.7, 0.2), (1.0, 0.0), (0.0, 1.0)):
         loss, terms = run(student, teacher_hidden, model_weight, token_weight)
@@ -135,73 +138,67 @@ def test_mean_square_is_taken_in_float32_or_wider():
         assert float(difference) == pytest.approx(1e-18, rel=1e-6)
 
 
-# The next-token loss in chunks of the vocabulary
+# What a loss asks of a batch
 
 
-def nll_and_gradients(fns, params, post_norm):
-    """Returns the loss of each token, and the gradient of a sum that weighs each its own way."""
-    weights = 1.0 + np.arange(BATCH * (LENGTH - 1)).reshape(BATCH, LENGTH - 1)
-
-    def run(params, post_norm):
-        nll = next_token_nll(fns, params, post_norm, TOKENS)
-        return jnp.sum(nll * weights), nll
-
-    (_, nll), gradients = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(params, post_norm)
-    return nll, jax.tree.leaves(gradients)
+def pose(**changes) -> ModelProblem:
+    """Returns a problem of two windows, of which the first is for training."""
+    teacher = np.random.RandomState(1).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
+    windows = Windows(TOKENS, 1, np.random.RandomState(2).random(TOKENS[:, 1:].shape))
+    facts = {"windows": windows, "work": Work(jax.random.key(0)), "teacher": teacher}
+    return ModelProblem(FNS, draw_student(), **(facts | changes))
 
 
-@pytest.mark.parametrize(("kind", "chunk"), [("plain", 63), ("tied", 24), ("untied", 7)])
-def test_chunks_of_the_vocabulary_are_the_whole(monkeypatch, kind, chunk):
-    assert VOCAB % chunk
-    fns, params = head_only(kind)
-    post_norm = np.random.RandomState(3).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
-    nll, gradients = nll_and_gradients(fns, params, post_norm)
-    wanted = numpy_nll(fns.head(params, post_norm), TOKENS)
-    assert nll.shape == (BATCH, LENGTH - 1)
-    np.testing.assert_allclose(nll, wanted, rtol=1e-5)
-
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", chunk)
-    chunked, chunked_gradients = nll_and_gradients(fns, params, post_norm)
-    np.testing.assert_allclose(chunked, wanted, rtol=1e-5)
-    for came, direct in zip(chunked_gradients, gradients, strict=True):
-        size = float(jnp.abs(direct).max())
-        assert size > 0.1
-        np.testing.assert_allclose(came, direct, rtol=1e-5, atol=1e-5 * size)
+def test_a_batch_brings_what_the_terms_compare_with():
+    problem = pose()
+    loss = ModelLoss((Discrepancy(), Divergence(), NextToken()))
+    batch = loss.prepare("a_method", problem)(np.array([1]))
+    assert batch.keys() == {"tokens", "teacher", "weights"}
+    np.testing.assert_array_equal(batch["tokens"], TOKENS[1:])
+    np.testing.assert_array_equal(batch["teacher"], problem.teacher[1:])
+    np.testing.assert_array_equal(batch["weights"], problem.windows.weights[1:])
+    alone = ModelLoss((NextToken(),)).prepare("a_method", pose(teacher=None))(np.array([0]))
+    assert alone.keys() == {"tokens", "weights"}
 
 
-def test_logits_too_large_for_exp_are_no_trouble_in_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
-    params = head_only("plain")[1]
-    post_norm = 1e4 * np.random.RandomState(4).standard_normal((BATCH, LENGTH, D))
-    post_norm = post_norm.astype(np.float32)
-    nll, gradients = nll_and_gradients(FNS, params, post_norm)
-    wanted = numpy_nll(post_norm.astype(np.float64) @ params["head"], TOKENS)
-    assert wanted.max() > 1e4
-    np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=0.05)
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in gradients)
+def test_a_teacher_is_read_by_its_own_norm_where_the_student_has_another():
+    fns = dataclasses.replace(FNS, norm=lambda params, h: params["gain"] * h)
+    problem = dataclasses.replace(pose(outer={"gain": jnp.float32(3)}), fns=fns)
+    batch = ModelLoss((Discrepancy(),)).prepare("a_method", problem)(np.array([0, 1]))
+    np.testing.assert_array_equal(batch["answers"], 3 * problem.teacher)
+    for loss, said in (
+        (Discrepancy(target="logits"), "a_method: target='logits' reads both models by one head"),
+        (Divergence(), "a_method: logits='recomputed' reads both models by one head"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ModelLoss((loss,)).prepare("a_method", problem)
 
 
-def test_no_array_is_as_wide_as_the_vocabulary_in_chunks(monkeypatch):
-    params = head_only("plain")[1]
-    post_norm = jax.ShapeDtypeStruct((BATCH, LENGTH, D), jnp.float32)
+def test_next_tokens_count_as_the_text_says():
+    student, problem = draw_student(), pose()
+    post = numpy_hidden(student)[1] @ np.asarray(student["head"], np.float64)
+    nll = numpy_nll(post, TOKENS)  # [b, t - 1]
 
-    def trace() -> str:
-        run = lambda x: jnp.sum(next_token_nll(FNS, params, x, TOKENS))  # noqa: E731
-        return str(jax.make_jaxpr(jax.grad(run))(post_norm))
+    def run(term, **batch):
+        loss = jax.jit(ModelLoss((term,)), static_argnums=0)
+        return loss(FNS, student, {"tokens": TOKENS} | batch)[0]
 
-    wide, narrow = (f"f32[{BATCH},{LENGTH - 1},{width}]" for width in (VOCAB, 24))
-    assert wide in trace()
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
-    assert wide not in trace() and narrow in trace()
+    weighed = (nll * problem.windows.weights).sum(axis=1).mean()
+    came = run(NextToken(2.0), weights=problem.windows.weights)
+    assert float(came) == pytest.approx(2.0 * weighed, rel=1e-5)
+    assert float(run(NextToken(None, 0.5))) == pytest.approx(0.5 * LENGTH * nll.mean(), rel=1e-5)
+    each = run(NextToken(None, 0.5, each=True))
+    assert float(each) == pytest.approx(0.5 * nll.mean(), rel=1e-5)
 
 
-def test_a_head_of_unknown_width_is_applied_whole(monkeypatch):
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 1)
-    params = head_only("plain")[1]
-    unknown = dataclasses.replace(FNS, vocab_size=None)
-    post_norm = np.random.RandomState(3).standard_normal((BATCH, LENGTH, D)).astype(np.float32)
-    nll = next_token_nll(unknown, params, post_norm, TOKENS)
-    np.testing.assert_allclose(nll, numpy_nll(post_norm @ params["head"], TOKENS), rtol=1e-5)
+def test_losses_are_equal_by_value_and_hold_no_array():
+    def make() -> ModelLoss:
+        return ModelLoss((Discrepancy(0.3, "logits"), Divergence(top_k=3), NextToken(2.0)))
+
+    assert make() == make() and hash(make()) == hash(make())
+    assert make() != ModelLoss((Discrepancy(0.3), Divergence(top_k=3), NextToken(2.0)))
+    assert make().scratch_bytes(100) == 0
+    assert ModelLoss((Divergence(logits="streamed"),)).scratch_bytes(100) == 200
 
 
 # Gradients
@@ -231,7 +228,7 @@ def moved(train: dict, name: str, index: tuple, by: float) -> dict:
 
 def test_gradients_are_finite_differences(monkeypatch, student, teacher_hidden):
     """Of RILQ's targets and LREC's teachers at once, in one program; the head is in chunks."""
-    monkeypatch.setattr(losses, "VOCAB_CHUNK", 24)
+    monkeypatch.setattr(vocabulary, "VOCAB_CHUNK", 24)
     weights = {"model_weight": 0.7, "token_weight": 0.4}
     with jax.enable_x64(True):
         widen = lambda leaf: (  # noqa: E731

@@ -8,16 +8,17 @@ import optax
 import pytest
 
 from lqec_jax.core.group_grid import GroupGrid
-from lqec_jax.core.tree import get_at, set_at
+from lqec_jax.core.tree import set_at
 from lqec_jax.models.decoder import model_fns
-from lqec_jax.train.block_fit import build_block, is_trained
-from lqec_jax.train.losses import lrec_terms, next_token_nll, rilq_terms
+from lqec_jax.train.answers import Answer
+from lqec_jax.train.losses import Divergence, ModelLoss, NextToken
+from lqec_jax.train.parts import Adapters, Clips
+from lqec_jax.train.steps import Program, Training
 from lqec_jax.train.update import choose_options, init_state, make_update
-from lqec_jax.trainings.apiq import make_trainable
-from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
+from lqec_kernels.formats import Affine, CompressedLinear, Dense
 from lqec_kernels.reference import tiled_matmul
 from tests.compiling import options_for_memory
-from tests.train.tiny import GROUP, draw_decoder, draw_plain, make_config, plain_fns
+from tests.train.tiny import GROUP, RILQ, draw_decoder, draw_plain, make_config, plain_fns
 
 # How much of the added blocks' dense float32 bytes may be added to what an update holds.
 BOUND = 0.15
@@ -32,23 +33,11 @@ def multiply_densely(x, base, *, low_rank=None, layer=None, shards=1):
     return x @ base.dense(x.dtype)
 
 
-def rilq(fns, params, batch):
-    return rilq_terms(fns, batch["teacher"], params, batch["tokens"],
-                      model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+LREC = ModelLoss((Divergence(1.0, "sum"), NextToken(120.0)))
+FINE_TUNING = ModelLoss((NextToken(),))
 
 
-def lrec(fns, params, batch):
-    teacher = fns.norm(params, batch["teacher"])
-    return lrec_terms(fns, teacher, params, batch["tokens"],
-                      kl_weight=1.0, token_weight=120.0, reduction="sum")  # fmt: skip
-
-
-def fine_tuning(fns, params, batch):
-    post_norm = fns.hidden(params, batch["tokens"])[1]
-    return jnp.mean(next_token_nll(fns, params, post_norm, batch["tokens"])), {}
-
-
-def lower_update(fns, params, tokens: int, d: int, of=rilq):
+def lower_update(fns, params, tokens: int, d: int, of=RILQ):
     """Lowers the update of a loss, adapters trained, from shapes alone."""
 
     def loss(params, batch):
@@ -113,36 +102,33 @@ def test_eight_more_blocks_add_little(remat):
 
 
 def test_eight_more_linears_add_little_to_the_other_losses(monkeypatch):
-    assert 0 < scanned_share(lrec) <= BOUND
-    assert 0 < scanned_share(fine_tuning) <= BOUND
+    assert 0 < scanned_share(LREC) <= BOUND
+    assert 0 < scanned_share(FINE_TUNING) <= BOUND
     monkeypatch.setattr(PRODUCT, multiply_densely)
-    assert scanned_share(lrec) > 5 * BOUND
+    assert scanned_share(LREC) > 5 * BOUND
 
 
 def apiq_share(d: int = 512, tokens: int = 8) -> float:
     """Returns what ApiQ's update of a block holds, less its gradients, over the dense bytes."""
-    fns, step = fresh_fns(make_config(1, d, 2 * d)), make_trainable(GroupGrid(2, GROUP), "float16")
+    fns = fresh_fns(make_config(1, d, 2 * d))
+    parts = Clips(grid=GroupGrid(2, GROUP)), Adapters(rank=4)
+    training = Training("apiq", parts, Answer(aug=True), None)
     shapes = {path: (d, d) for path in fns.linears}
     shapes |= {"mlp/gate": (d, 2 * d), "mlp/up": (d, 2 * d), "mlp/down": (2 * d, d)}
 
     def start() -> dict:
         block = {"attn_norm": {"scale": jnp.ones(d)}, "mlp_norm": {"scale": jnp.ones(d)}}
         for path, shape in shapes.items():
-            adapter = LowRank(jnp.ones((shape[0], 4)), jnp.ones((4, shape[1])))
-            leaf = CompressedLinear(Dense(jnp.ones(shape)), (adapter,))
+            leaf = training.begin(CompressedLinear(Dense(jnp.ones(shape))), jax.random.key(0))
             block = set_at(block, f"{path}/kernel", leaf)
-        train = {path: step.start(get_at(block, f"{path}/kernel")) for path in shapes}
-        return {"train": train, "frozen": {"block": block}}
-
-    def loss(params, batch):
-        y = fns.block(build_block(step.read)(params), batch)[0]
-        return jnp.mean(jnp.square(y)), {}
+        return {"blocks": (block,)}
 
     optimizer = optax.adam(1e-3)
-    state = jax.eval_shape(lambda: init_state(start(), optimizer, is_trained))
-    lowered = make_update(loss, optimizer).lower(
-        state, jax.ShapeDtypeStruct((1, tokens, d), jnp.float32)
-    )
+    state = jax.eval_shape(lambda: init_state(start(), optimizer, training.moves))
+    wide, one = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, tokens, d), (1,)))
+    batch = {"h": wide, "answer": wide, "spread": one, "scale": one}
+    loss = Program(fns, training.parts, training.loss)
+    lowered = make_update(loss, optimizer).lower(state, batch)
     gradients = sum(array.size * 4 for array in jax.tree.leaves(state.train))
     dense = 4 * sum(d_in * d_out for d_in, d_out in shapes.values())
     return (temp_bytes(lowered) - gradients) / dense

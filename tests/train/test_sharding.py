@@ -9,15 +9,18 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from lqec_jax.core.sites import in_groups
 from lqec_jax.core.tree import get_at
+from lqec_jax.core.types import Schedule
 from lqec_jax.errors import InputError
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.train import fit as fitting
-from lqec_jax.train.fit import Schedule, fit
+from lqec_jax.train.fit import fit
 from lqec_jax.train.sharding import make_mesh, param_shardings
 from lqec_jax.train.update import TrainState, make_update
 from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
+from lqec_kernels.outliers import Outliers
 from tests.train.tiny import adapters, draw_decoder, make_config, make_plain_problem, make_problem
 
 UPDATES, BATCH = 3, 4
@@ -162,7 +165,7 @@ def test_pooled_adapters_are_split_where_no_pool_straddles():
         a, b = np.ones((2, 64 // pool, 4), np.float32), np.ones((2, 4, 64), np.float32)
         leaf = CompressedLinear(Dense(np.ones((2, 64, 64))), (LowRank(a, b, pool),))
         params["blocks"][0]["attn"][path] = {"kernel": leaf}
-    fns = dataclasses.replace(fns, row_parallel=frozenset({"attn/o", "attn/v"}))
+    fns = dataclasses.replace(fns, sites=in_groups(fns.linear_groups, ("attn/o", "attn/v")))
     shardings, _ = param_shardings(fns, params, make_mesh(model=2))
     assert jax.tree.structure(shardings) == jax.tree.structure(params)
     specs = {
@@ -210,3 +213,15 @@ def test_rounded_adapters_are_split_by_their_groups():
     # d_out=256 is two devices of two groups; d_in=64 is one group, which straddles.
     assert column.b.codes.spec[-2] == column.b.scales.spec[-2] == "model"
     assert "model" not in (*column.a.codes.spec, *row.a.codes.spec, *row.b.codes.spec)
+
+
+def test_outliers_are_held_whole():
+    fns = model_fns(make_config())
+    outliers = Outliers(np.zeros((2, 4), np.uint32), np.ones((2, 4)), 64, 64)
+    leaf = CompressedLinear(Dense(np.ones((2, 64, 64))), (outliers,))
+    params = {"blocks": ({"attn": {"q": {"kernel": leaf}, "o": {"kernel": leaf}}},)}
+    shardings, _ = param_shardings(fns, params, make_mesh(model=2))
+    for path in "qo":
+        placed = get_at(shardings["blocks"][0], f"attn/{path}/kernel")
+        assert {s.spec for s in jax.tree.leaves(placed.corrections)} == {PartitionSpec(None, None)}
+        assert "model" in placed.base.w.spec

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import optax
 
-from lqec_jax.train.fit import Fitted, Schedule, fit
+from lqec_jax.core.types import Schedule
+from lqec_jax.train.fit import Fitted, fit
 from lqec_jax.train.sharding import make_mesh, shard_params
 from tests.compiling import TURNED_OFF
 from tests.train.tiny import adapters, make_plain_problem

@@ -3,6 +3,7 @@
 Everything is drawn by numpy, because compiling a hundred small programs takes longer than any test.
 """
 
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -11,16 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.core.linear import linear
+from lqec_jax.core.sites import in_groups
 from lqec_jax.core.tree import set_at
-from lqec_jax.core.types import BlockProblem, ModelFns, Params
+from lqec_jax.core.types import (
+    BlockProblem,
+    ModelFns,
+    ModelProblem,
+    Params,
+    TrainingStep,
+    Windows,
+    Work,
+)
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.decoder import init_params, model_fns
 from lqec_jax.train.fit import Objective
-from lqec_jax.train.losses import rilq_terms
-from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
+from lqec_jax.train.losses import Discrepancy, ModelLoss, NextToken
+from lqec_jax.train.parts.part import Part, attributes, put_weight
+from lqec_jax.train.steps import Training
+from lqec_kernels.formats import Affine, Base, CompressedLinear, Dense, LowRank
 from lqec_kernels.packing import words_for
 
 GROUP, RANK, VOCAB = 32, 4, 64
+RILQ = ModelLoss((Discrepancy(0.5), NextToken(0.5)))
 
 
 class Problem(NamedTuple):
@@ -33,15 +46,25 @@ class Problem(NamedTuple):
 
     def loss(self, params: Params, batch: dict) -> tuple[jax.Array, dict]:
         """RILQ's loss on a batch."""
-        teacher = self.fns.norm(params, batch["teacher"])
-        return rilq_terms(self.fns, teacher, params, batch["tokens"],
-                          model_weight=0.5, token_weight=0.5, target="post_norm")  # fmt: skip
+        return RILQ(self.fns, params, batch)
 
     def batch(self, numbers) -> dict:
         return {"tokens": self.tokens[numbers], "teacher": self.teacher[numbers]}
 
     def objective(self, val: int) -> Objective:
         return Objective(self.loss, self.batch, len(self.tokens) - val, val)
+
+    def pose(self, val: int, key: jax.Array | None = None, **changes) -> ModelProblem:
+        """Returns the same as a training of the whole model sees it."""
+        windows = Windows(self.tokens, len(self.tokens) - val)
+        work = Work(jax.random.key(0) if key is None else key)
+        facts = {"params": self.params, "windows": windows, "work": work, "teacher": self.teacher}
+        return ModelProblem(self.fns, **(facts | changes))
+
+
+def training_of(step: TrainingStep) -> Training:
+    """Returns what a step trains."""
+    return step.run.args[0]
 
 
 def make_config(layers: int = 2, d: int = 64, d_ff: int = 128, **changes) -> ModelConfig:
@@ -72,7 +95,7 @@ def make_block_problem(d: int = 32, windows: int = 6, **changes) -> BlockProblem
         "teacher": teacher,
         "student": teacher + _normal(random, windows, 8, d, scale=0.1),
         "train": windows - 2,
-        "key": jax.random.key(0),
+        "work": Work(jax.random.key(0)),
     }
     return BlockProblem(**(facts | changes))
 
@@ -162,7 +185,7 @@ def plain_fns(remat: bool = False) -> ModelFns:
         return post_norm @ kernel
 
     return ModelFns(
-        embed=embed, block=block, hidden=hidden, head=head, linear_groups=(("mix",),), norm=norm,
+        embed=embed, block=block, hidden=hidden, head=head, sites=in_groups([("mix",)]), norm=norm,
         vocab_size=VOCAB,
     )  # fmt: skip
 
@@ -180,3 +203,50 @@ def adapters(params: Params) -> list[np.ndarray]:
     is_adapter = lambda node: isinstance(node, LowRank)  # noqa: E731
     found = [n for n in jax.tree.leaves(params, is_leaf=is_adapter) if is_adapter(n)]
     return [np.asarray(array, np.float32) for array in jax.tree.leaves(found)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shrunk:
+    """A base times numbers in training."""
+
+    inner: Base
+    by: jax.Array
+
+    @property
+    def d_in(self) -> int:
+        return self.inner.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.inner.d_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink(Part):
+    """A part to test trainings with: a weight is multiplied by one number, or by one for each.
+
+    Attributes:
+      first: what a training begins with.
+      each: whether every weight has its own.
+    """
+
+    first: float = 0.5
+    each: bool = False
+
+    def begin(self, leaf: CompressedLinear, key: jax.Array) -> CompressedLinear:
+        shape = (leaf.d_in, leaf.d_out) if self.each else ()
+        return replace(leaf, base=Shrunk(leaf.base, jnp.full(shape, self.first, jnp.float32)))
+
+    def label(self, path: tuple, array: jax.Array) -> str | None:
+        return "by" if attributes(path)[-1:] == ["by"] else None
+
+    def read(self, leaf: CompressedLinear) -> CompressedLinear | jax.Array:
+        base = leaf.base
+        return put_weight(replace(leaf, base=base.inner), base.by * base.inner.dense())
+
+    def keep(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
+        return replace(leaf, base=Dense(leaf.base.by * leaf.base.inner.dense()))
+
+    def optimizers(self, width: int, updates: int) -> dict:
+        return {"by": self.rates.chain(self.rates.lr, updates)}

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lqec_jax.train.block_fit import build_block, make_objective
+from lqec_jax.train.linear_fit import collect_moments, find_cross, find_loss
 
 from lqec_jax.core import grids
 from lqec_jax.core.clipping import clip_range, start_clips
@@ -14,8 +16,6 @@ from lqec_jax.core.group_grid import GroupGrid
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.recipe import parse_recipe
-from lqec_jax.train.block_fit import build_block, make_objective
-from lqec_jax.train.linear_fit import collect_moments, find_cross, find_loss
 from lqec_jax.trainings import apiq as module
 from lqec_jax.trainings.apiq import apiq, make_solving, make_trainable
 from lqec_jax.trainings.omniquant import omniquant

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lqec_jax.train.adapters import make_optimizer
 
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.group_grid import GroupGrid
@@ -16,7 +17,6 @@ from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.linears import preview
-from lqec_jax.train.adapters import make_optimizer
 from lqec_jax.train.fit import NoSession
 from lqec_jax.train.update import init_state, make_update
 from lqec_jax.trainings import lrec as module

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lqec_jax.train.adapters import DEFAULT_RANK
 
 from lqec_jax.core.closed_form import truncate
 from lqec_jax.core.group_grid import GroupGrid
@@ -13,7 +14,6 @@ from lqec_jax.core.tree import get_at
 from lqec_jax.core.types import ModelProblem
 from lqec_jax.errors import InputError
 from lqec_jax.quantizers.rtn import quantize
-from lqec_jax.train.adapters import DEFAULT_RANK
 from lqec_jax.trainings import rilq as module
 from lqec_jax.trainings.rilq import make_objective, rilq
 from lqec_kernels.formats import Affine, CompressedLinear, LowRank

@@ -9,9 +9,10 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
-from lqec_jax.io.artifact.artifact import load_artifact, save_artifact
+from lqec_jax.io.artifact.artifact import load_artifact
 from lqec_jax.io.exports import flax
-from lqec_jax.io.exports.export import EXACT_INPUTS, export_model
+from lqec_jax.io.exports.export import export_model
+from lqec_jax.io.exports.record import EXACT_INPUTS
 from lqec_jax.io.verify.verify import verify_export
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.linears import preview_leaf
@@ -62,7 +63,7 @@ def test_eight_bits_cost_a_model_little_and_two_much():
 
 def test_an_artifact_keeps_it_and_exports_say_that_they_do_not(tmp_path):
     model = with_grid(InputGrid())
-    came = load_artifact(save_artifact(model, tmp_path / "artifact"))
+    came = load_artifact(lqec.save(model, tmp_path / "artifact"))
     assert jax.tree.structure(came.params) == jax.tree.structure(model.params)
     logits = np.asarray(lqec.logits(model, TOKENS))
     np.testing.assert_allclose(np.asarray(lqec.logits(came, TOKENS)), logits, atol=1e-5)

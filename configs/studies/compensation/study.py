@@ -3,9 +3,6 @@
     python configs/studies/compensation/study.py --shared ../shared --work DIR --model babyllama
     python configs/studies/compensation/study.py --shared ../shared --table
 
-The first goes on where it was stopped, row by row, and copies its rows to results-MODEL.json; the
-second writes results.md from them.
-
 2 bits, groups of 32, rank 16 and every other argument at its default; 320 calibration windows of
 256 tokens of tinystories_calib, the last 64 of them for validation; scored on the first 128 windows
 of tinystories_dev, which no step reads. `reference` is what the authors' own code reaches on the
@@ -15,15 +12,19 @@ that are not here were not run.
 """
 
 import argparse
-import json
+import sys
+from functools import cache
 from pathlib import Path
 
 import lqec_jax as lqec
 from lqec_jax.calibration.data import load_tokens
 from lqec_jax.evaluate.discrepancy import discrepancy
+from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.job import prepare
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, quote, read_reference, table
+
 MODELS = ("babyllama", "xs279k")
 SEQLEN, WINDOWS, SCORED = 256, 320, 128
 BASES = {"rtn": "rtn(bits=2, group_size=32)", "gptq": "gptq(bits=2, group_size=32)"}
@@ -92,62 +93,66 @@ REFERENCE = {
     ("slim 4-bit 2:4", "rtn"): ("SLiM-Quant4 + Wanda 2:4 + SLiM-LoRA",),
     ("slim 4-bit 2:4, clip by histogram", "rtn"): ("SLiM-Quant4 + Wanda 2:4 + SLiM-LoRA",),
 }
-NAMES = ("bits_per_weight", "ppl", "kl", "train_mse", "held_out_mse", "seconds", "update",
-         "peak_rss_mb")  # fmt: skip
+COLUMNS = (
+    ("base", "{base}"),
+    ("method", "{name}"),
+    ("bits per weight", lambda row: row["error"] or f"{row['bits_per_weight']:.2f}"),
+    ("perplexity", "{ppl:.3f}"),
+    ("reference", "{theirs[ppl]:.3f}"),
+    ("KL", "{kl:.3f}"),
+    ("MSE, training", "{train_mse:.4f}"),
+    ("held out", "{held_out_mse:.4f}"),
+    ("s", "{seconds:.0f}"),
+    ("s an update", "{update:.2f}"),
+    ("reference", "{theirs[cpu_seconds_per_update]:.2f}"),
+    ("peak MB", "{peak_rss_mb:.0f}"),
+    ("reference", "{theirs[peak_rss_mb]:.0f}"),
+)
 
 
-def list_rows() -> list[tuple[str, str, str]]:
-    """Returns (name, base, recipe) of every row."""
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Returns name, base and recipe of every row."""
     rows = [
-        (name, base, text.format(base=recipe))
+        {"name": name, "base": base, "recipe": text.format(base=recipe)}
         for base, recipe in BASES.items()
         for name, text in CORRECTIONS.items()
     ]
-    return rows[: len(CORRECTIONS)] + [(name, "rtn", text) for name, text in ALONE.items()] + (
-        rows[len(CORRECTIONS) :]
-    )  # fmt: skip
+    alone = [{"name": name, "base": "rtn", "recipe": text} for name, text in ALONE.items()]
+    return rows[: len(CORRECTIONS)] + alone + rows[len(CORRECTIONS) :]
 
 
-def measure(shared: Path, model: str, work: Path) -> None:
-    """Makes what is missing of a model's rows."""
-    folder, data, kept = shared / "models" / model, shared / "data", HERE / f"results-{model}.json"
-    out = work / model
-    done = json.loads(kept.read_text())["rows"] if kept.exists() else []
-    teacher = lqec.load(folder)
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
+    """Compresses by one recipe and scores what comes."""
+    folder, data = arguments.shared / "models" / arguments.model, arguments.shared / "data"
     calib, text = (str(data / f"tinystories_{name}.jsonl") for name in ("calib", "dev"))
+    out = arguments.work / arguments.model
+    found = lqec.compare(
+        folder, [key["recipe"]], calib=calib, text=text, out=out, seqlen=SEQLEN, windows=WINDOWS,
+        text_windows=SCORED, resume=(out / "results.json").exists(),
+    )  # fmt: skip
+    resolved = str(parse_recipe(key["recipe"]))
+    row = next(row for row in found["rows"] if row["resolved"] == resolved)
+    if row["artifact"]:
+        teacher, train, held_out = read_windows(folder, calib, text)
+        student = lqec.load(out / row["artifact"])
+        models = ((teacher.fns, teacher.params), (student.fns, student.params))
+        row["train_mse"] = discrepancy(*models, train).post_norm
+        row["held_out_mse"] = discrepancy(*models, held_out).post_norm
+        row["update"] = _seconds_an_update(student.report)
+    del row["artifact"], row["resolved"]
+    results |= {"model": arguments.model, "protocol": found["protocol"],
+                "teacher": found["rows"][0]["ppl"],
+                "settings": {"seqlen": SEQLEN, "windows": WINDOWS, "scored": SCORED}}  # fmt: skip
+    return row
+
+
+@cache
+def read_windows(folder: Path, calib: str, text: str) -> tuple:
+    """Returns the teacher, the windows that are trained on, and windows that no step reads."""
+    teacher = lqec.load(folder)
     job = prepare(folder, BASES["rtn"], calib, seqlen=SEQLEN, windows=WINDOWS)
     dev = load_tokens(text, teacher.tokenizer, "documents", seqlen=SEQLEN, limit=SCORED * SEQLEN)
-    held_out = dev[: SCORED * SEQLEN].reshape(SCORED, SEQLEN)
-    for name, base, recipe in list_rows():
-        if any((row["name"], row["base"]) == (name, base) for row in done):
-            continue
-        results = lqec.compare(
-            folder, [recipe], calib=calib, text=text, out=out, seqlen=SEQLEN, windows=WINDOWS,
-            text_windows=SCORED, resume=(out / "results.json").exists(),
-        )  # fmt: skip
-        row = next(r for r in results["rows"] if r["resolved"] == _resolve(recipe))
-        row = {"name": name, "base": base} | row
-        if row["artifact"]:
-            student = lqec.load(out / row["artifact"])
-            models = ((teacher.fns, teacher.params), (student.fns, student.params))
-            row["train_mse"] = discrepancy(*models, job.text.train).post_norm
-            row["held_out_mse"] = discrepancy(*models, held_out).post_norm
-            row["update"] = _seconds_an_update(student.report)
-        row.pop("artifact"), row.pop("resolved")
-        results["environment"].pop("platform", None)
-        done = [*done, row]
-        facts = {"model": model, "protocol": results["protocol"],
-                 "teacher": results["rows"][0]["ppl"],
-                 "settings": {"seqlen": SEQLEN, "windows": WINDOWS, "scored": SCORED},
-                 "environment": results["environment"], "rows": done}  # fmt: skip
-        kept.write_text(json.dumps(facts, indent=1) + "\n")
-        print(json.dumps(row), flush=True)
-
-
-def _resolve(recipe: str) -> str:
-    from lqec_jax.recipe import parse_recipe
-
-    return str(parse_recipe(recipe))
+    return teacher, job.text.train, dev[: SCORED * SEQLEN].reshape(SCORED, SEQLEN)
 
 
 def _seconds_an_update(report: dict) -> float | None:
@@ -164,50 +169,16 @@ def _seconds_an_update(report: dict) -> float | None:
     return stage["seconds"] / max(1, updates)
 
 
-def write_table(shared: Path) -> None:
-    """Writes results.md from the rows that are there."""
-    references = json.loads((shared / "data" / "reference_results.json").read_text())["rows"]
-    lines = [" ".join(__doc__.split("\n\n")[3].split()), ""]
-    for model in MODELS:
-        path = HERE / f"results-{model}.json"
-        if path.exists():
-            lines += table(json.loads(path.read_text()), references)
-    notes = HERE / "notes.md"
-    lines += [notes.read_text()] if notes.exists() else []
-    (HERE / "results.md").write_text("\n".join(lines).rstrip() + "\n")
-
-
-def table(results: dict, references: list[dict]) -> list[str]:
-    """Returns a model's table as lines of markdown."""
-    lines = [
-        f"## {results['model']}: teacher {results['teacher']:.3f}",
-        "",
-        "| base | method | bits per weight | perplexity | reference | KL | MSE, training "
-        "| held out | s | s an update | reference | peak MB | reference |",
-        "|---|" + "---|" * 12,
-    ]
-    for row in results["rows"]:
-        theirs = find_reference(references, results["model"], row["name"], row["base"])
-        name = row["name"].replace("|", "\\|")
-        lines.append("| " + " | ".join([row["base"], name, *cells(row, theirs)]) + " |")
-    return [*lines, ""]
-
-
-def cells(row: dict, theirs: dict | None) -> list[str]:
-    if row.get("error"):
-        return [row["error"], *[""] * 10]
-
-    def write(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    theirs = theirs or {}
-    return [
-        write(row["bits_per_weight"], 2), write(row["ppl"], 3), write(theirs.get("ppl"), 3),
-        write(row["kl"], 3), write(row["train_mse"], 4), write(row["held_out_mse"], 4),
-        write(row["seconds"], 0), write(row["update"], 2),
-        write(theirs.get("cpu_seconds_per_update"), 2), write(row["peak_rss_mb"], 0),
-        write(theirs.get("peak_rss_mb"), 0),
-    ]  # fmt: skip
+def write_page(models: dict, arguments: argparse.Namespace) -> list[str]:
+    """Returns a table a model, beside what the authors' own codes reach."""
+    references, lines = read_reference(arguments.shared), quote(__doc__, 2)
+    for model, results in models.items():
+        rows = (
+            row | {"theirs": find_reference(references, model, row["name"], row["base"])}
+            for row in results["rows"]
+        )
+        lines += [f"## {model}: teacher {results['teacher']:.3f}", "", *table(COLUMNS, rows), ""]
+    return [*lines, Path(__file__).with_name("notes.md").read_text()]
 
 
 def find_reference(rows: list[dict], model: str, name: str, base: str) -> dict | None:
@@ -221,18 +192,11 @@ def find_reference(rows: list[dict], model: str, name: str, base: str) -> dict |
     return min(found, key=lambda row: row["ppl"], default=None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, required=True, help="models/ and data/ are in it")
-    parser.add_argument("--work", type=Path, help="where artifacts go")
-    parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        write_table(arguments.shared)
-    else:
-        measure(arguments.shared, arguments.model, arguments.work)
+STUDY = Study(
+    __doc__, __file__, list_rows, measure, write_page, split="model",
+    options={"--model": {"choices": MODELS}}, needs=("shared", "work", "model"),
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

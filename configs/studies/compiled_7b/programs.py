@@ -1,8 +1,6 @@
 """Programs of a 7-billion-parameter Llama, traced from shapes alone."""
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,20 +9,18 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from configs.studies.llama_7b import make_params, read_config
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.stepping import step_fns
 from lqec_jax.train.fit import shard_state
 from lqec_jax.train.losses import rilq_terms
 from lqec_jax.train.update import init_state, make_update
-from lqec_kernels import ready, use
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from llama_7b import make_params, read_config  # noqa: E402
+from lqec_kernels import repack, use
 
 DTYPE = jnp.bfloat16
 
 
-def shape_params(config: Any, *, prepared: bool) -> Any:
+def shape_params(config: Any, *, repacked: bool) -> Any:
     """Returns the shapes of a model's parameters, as stored or as they are multiplied by."""
 
     def draw(leaf: Any) -> Any:
@@ -32,7 +28,7 @@ def shape_params(config: Any, *, prepared: bool) -> Any:
 
     def make() -> Any:
         params = make_params(config, DTYPE, draw, lambda shape: jnp.zeros(shape, DTYPE))
-        return ready(params, dtype=DTYPE) if prepared else params
+        return repack(params, dtype=DTYPE) if repacked else params
 
     return jax.eval_shape(make)
 
@@ -56,7 +52,7 @@ def trace_generation(mesh, layers: int, sequences: int, tokens: int, implementat
     """Traces one token after `tokens` others, or where `sequences` is 0 reading that many."""
     config = read_config(layers)
     fns, whole = step_fns(config, DTYPE), NamedSharding(mesh, PartitionSpec())
-    params = shape_params(config, prepared=implementation != "xla")
+    params = shape_params(config, repacked=implementation != "xla")
     prompt = jax.ShapeDtypeStruct((max(sequences, 1), tokens), jnp.int32)
 
     def prefill(params: Any, prompt: jax.Array) -> Any:
@@ -76,7 +72,7 @@ def trace_update(mesh: Mesh, layers: int, windows: int, tokens: int) -> Any:
     """Traces an update of RILQ: adapters and Adam's moments in float32, the rest packed."""
     config = read_config(layers)
     fns, optimizer = model_fns(config, DTYPE), optax.adam(1e-3)
-    params = shape_params(config, prepared=False)
+    params = shape_params(config, repacked=False)
 
     def loss(params: Any, batch: Any) -> Any:
         return rilq_terms(fns, batch["teacher"], params, batch["tokens"], model_weight=0.5,

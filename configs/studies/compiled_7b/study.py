@@ -18,23 +18,36 @@ one layer. Without a device XLA cannot time its choices for large products, so t
 
 import argparse
 import collections
-import json
 import math
 import re
+import sys
 import time
-from datetime import date
 from pathlib import Path
 
-import targets
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.compiled_7b import targets
+from configs.studies.harness import Study, quote, table
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
 KERNEL = {"h200": "triton", "v5e": "pallas"}
 CONTEXT, PROMPT, WINDOWS, TOKENS = 256, 2048, 8, 1024
 MESHES = [(1, 1), (4, 1), (2, 2), (1, 4)]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Arrays of fewer packed words are no weights.
 LEAST_WORDS = 2**16
+COLUMNS = (
+    ("target", "{target}"),
+    ("jax", "{jax}"),
+    ("date", "{date}"),
+    ("program", "{program}"),
+    ("sequences", lambda row: str(row["sequences"] or 1)),
+    ("products", "{implementation}"),
+    ("mesh", lambda row: "x".join(map(str, row["mesh"]))),
+    ("arguments, MB", "{arguments_mb:.0f}"),
+    ("held beside, MB", "{temporary_mb:.0f}"),
+    ("words written, MB", "{words_written_mb:.1f}"),
+    ("launches a layer", "{launches_a_layer}"),
+    ("collectives", lambda row: write_counts(row["collectives"]) or "-"),
+)
 
 
 def list_programs(target: str) -> list[dict]:
@@ -54,9 +67,19 @@ def list_programs(target: str) -> list[dict]:
     ]
 
 
-def compile_program(target: str, program: dict, layers: int) -> dict:
-    from programs import make_mesh, trace_generation, trace_update
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    targets.aim(arguments.target)
+    import jax  # noqa: F401  it is told of its platform before it is imported
 
+    targets.pretend(arguments.target)
+    facts = {"target": arguments.target, "layers": arguments.layers}
+    return [facts | program for program in list_programs(arguments.target)]
+
+
+def compile_program(program: dict, arguments: argparse.Namespace, results: dict) -> dict:
+    from configs.studies.compiled_7b.programs import make_mesh, trace_generation, trace_update
+
+    target, layers = program["target"], program["layers"]
     data, model = program["mesh"]
     mesh = make_mesh(targets.describe(target, 4 if data * model > 1 else 1), data, model)
     started = time.perf_counter()
@@ -111,48 +134,20 @@ def split_computations(text: str) -> dict[str, str]:
     return {part.partition("\n")[0][:120]: part for part in parts[1:]}
 
 
-def write_table() -> None:
-    """Writes results.md from results.json."""
-    lines = [" ".join(__doc__.split("\n\n")[n].split()) + "\n" for n in (2, 3)]
-    lines += [
-        "| target | jax | date | program | sequences | products | mesh | arguments, MB | held "
-        "beside, MB | words written, MB | launches a layer | collectives |",
-        "|---|" + "---|" * 11,
-    ]
-    for row in json.loads(RESULTS.read_text()):
-        collectives = ", ".join(f"{n} {name}" for name, n in sorted(row["collectives"].items()))
-        mesh = "x".join(map(str, row["mesh"]))
-        lines.append(
-            f"| {row['target']} | {row['jax']} | {row['date']} | {row['program']} "
-            f"| {row['sequences'] or 1} | {row['implementation']} | {mesh} "
-            f"| {row['arguments_mb']:.0f} | {row['temporary_mb']:.0f} "
-            f"| {row['words_written_mb']:.1f} | {row['launches_a_layer']} | {collectives or '-'} |"
-        )
-    TABLE.write_text("\n".join(lines) + "\n")
+def write_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=targets.PLATFORMS)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        return write_table()
-    target = arguments.target
-    targets.aim(target)
-    import jax
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
+    return [*quote(__doc__, 2, 3), *table(COLUMNS, results["rows"])]
 
-    targets.pretend(target)
-    facts = {"target": target, "jax": jax.__version__, "date": str(date.today()),
-             "layers": arguments.layers}  # fmt: skip
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    rows = [row for row in rows if row["target"] != target]
-    for program in list_programs(target):
-        rows.append(facts | program | compile_program(target, program, arguments.layers))
-        print(json.dumps(rows[-1]), flush=True)
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+STUDY = Study(
+    __doc__, __file__, list_rows, compile_program, write_page, needs=("target",),
+    options={"--target": {"choices": targets.PLATFORMS},
+             "--layers": {"type": int, "default": 32}},
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

@@ -4,8 +4,6 @@
     python configs/studies/cpu_decode/study.py --part model
     python configs/studies/cpu_decode/study.py --table
 
-The first two keep results.json, the last writes results.md from it.
-
 Weights are random, float32 is dense, x is float32; groups of 32 with floating zeros. Times are
 medians of interleaved repetitions, over the dense product's in the same run. `packed` is what the
 library does, tiles that fit a core's cache; the others are other ways, each one compiled program:
@@ -23,28 +21,29 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from lqec_jax.train.adapters import make_optimizer
 
 import lqec_jax as lqec
 from lqec_jax.core.types import ModelProblem
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.stepping import step_fns
-from lqec_jax.train.adapters import make_optimizer
 from lqec_jax.train.update import count_parts, init_state, make_update
 from lqec_jax.trainings.rilq import make_objective, rilq
 from lqec_kernels import Affine, CompressedLinear, Dense, packed_matmul, reference, unpack
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, open_row, quote, table
+
 GROUP = 32
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 SMALL = ((128, 352), (256, 256), (512, 512), (1024, 1024))
@@ -107,7 +106,7 @@ WAYS: dict[str, Callable] = {
 }
 
 
-def measure_product(shape: tuple[int, int], bits: int, tokens: int) -> dict:
+def measure_product(shape: list[int], bits: int, tokens: int) -> dict:
     base = draw_weight(*shape, bits)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, shape[0]), np.float32))
     programs = {"dense": (jax.jit(lambda x, w: x @ w), (x, base.dense()))}
@@ -121,7 +120,7 @@ def measure_product(shape: tuple[int, int], bits: int, tokens: int) -> dict:
     seconds = time_in_turn(
         {name: lambda f=f, a=a: f(*a) for name, (f, a) in programs.items()}, REPETITIONS
     )
-    return {"shape": list(shape), "bits": bits, "tokens": tokens, "seconds": seconds}
+    return {"seconds": seconds}
 
 
 def time_in_turn(calls: dict[str, Callable], repetitions: int) -> dict[str, float]:
@@ -191,11 +190,12 @@ EVERY = (
 )
 
 
-def measure_models(folder: Path) -> list[dict]:
-    rows = measure_model(make_model(folder / "whole"), EVERY)
-    for width in WIDTHS:
-        (row,) = measure_model(make_model(folder / str(width), width), (DECODE,))
-        rows.append(row | {"name": f"{row['name']}, width {width}"})
+def measure_models() -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_model(make_model(Path(folder) / "whole"), EVERY)
+        for width in WIDTHS:
+            (row,) = measure_model(make_model(Path(folder) / str(width), width), (DECODE,))
+            rows.append(row | {"name": f"{row['name']}, width {width}"})
     return rows
 
 
@@ -249,89 +249,73 @@ def count_megabytes(program) -> float:
     return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6
 
 
-# ---- files
+# ---- rows and page
 
 
-def write_table() -> None:
-    """Writes results.md from results.json."""
-    facts = json.loads(RESULTS.read_text())
-    lines = [" ".join(__doc__.split("\n\n")[3].split()), "", __doc__.split("\n\n")[4]]
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    if arguments.part == "model":
+        return [{}]  # all its rows at once
+    return [{"shape": shape, "bits": bits, "tokens": tokens} for shape, bits, tokens in PRODUCTS]
+
+
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict | list[dict]:
+    return measure_models() if arguments.part == "model" else measure_product(**key)
+
+
+def find_part(results: dict, arguments: argparse.Namespace) -> list[dict]:
+    """Returns the rows of a part on as many threads as there are."""
+    threads = len(os.sched_getaffinity(0))
+    part = results.setdefault(f"{arguments.part}, threads: {threads}", {"threads": threads})
+    return part.setdefault("rows", [])
+
+
+PRODUCT = (
+    ("weight", lambda row: " x ".join(map(str, row["shape"]))),
+    ("bits", "{bits}"),
+    ("tokens", "{tokens}"),
+    ("dense, ms", lambda row: f"{1e3 * row['seconds']['dense']:.3g}"),
+    *((name, f"{{ratios[{name}]:.2f}}") for name in WAYS),
+)
+MODEL = (
+    ("", "{name}"),
+    ("threads", "{threads}"),
+    ("dense, ms", lambda row: f"{1e3 * row['seconds']['dense']:.1f}"),
+    ("packed, ms", lambda row: f"{1e3 * row['seconds']['packed']:.1f}"),
+    ("ratio", lambda row: f"{row['seconds']['packed'] / row['seconds']['dense']:.2f}"),
+    ("dense, MB", "{megabytes[dense]:.0f}"),
+    ("packed, MB", "{megabytes[packed]:.0f}"),
+    ("ratio", lambda row: f"{row['megabytes']['packed'] / row['megabytes']['dense']:.2f}"),
+)
+
+
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
+    """Returns a table of products a thread count, and one of models."""
+    lines, models = quote(__doc__, 2, 3), []
     for threads in (1, 2):
-        lines += tell_products(facts.get(f"products, threads: {threads}"))
-    lines += ["", f"A Llama of {LAYERS} blocks, of width {WIDTH} unless said, 2 bits and rank "
+        products = results.get(f"products, threads: {threads}", {})
+        if rows := products.get("rows"):
+            made = products | open_row(rows[-1])
+            lines += [f"CPU, threads: {threads}; jax {made['jax']}, {made['date']}.", "",
+                      *table(PRODUCT, map(find_ratios, rows)), ""]  # fmt: skip
+        rows = results.get(f"model, threads: {threads}", {}).get("rows", [])
+        models += [row | {"threads": threads} for row in rows]
+    lines += [f"A Llama of {LAYERS} blocks, of width {WIDTH} unless said, 2 bits and rank "
               f"{RANK}, beside the same with dense copies; MB are a program's arguments and room.",
-              "", "| | threads | dense, ms | packed, ms | ratio | dense, MB | packed, MB | ratio |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for threads in (1, 2):
-        for row in facts.get(f"model, threads: {threads}", {}).get("rows", []):
-            (p, d), (pm, dm) = ((row[key]["packed"], row[key]["dense"])
-                                for key in ("seconds", "megabytes"))  # fmt: skip
-            lines.append(f"| {row['name']} | {threads} | {1e3 * d:.1f} | {1e3 * p:.1f} "
-                         f"| {p / d:.2f} | {dm:.0f} | {pm:.0f} | {pm / dm:.2f} |")  # fmt: skip
-    TABLE.write_text("\n".join(lines) + "\n")
+              ""]  # fmt: skip
+    return lines + table(MODEL, models)
 
 
-def tell_products(made: dict | None) -> list[str]:
-    """Returns a table of what was measured on so many threads."""
-    if made is None:
-        return []
-    names = list(WAYS)
-    lines = ["", f"CPU, threads: {made['threads']}; jax {made['jax']}, {made['date']}.", "",
-             "| weight | bits | tokens | dense, ms | " + " | ".join(names) + " |",
-             "|---|---|---|---|" + "---|" * len(names)]  # fmt: skip
-    for row in made["rows"]:
-        seconds, (d_in, d_out) = row["seconds"], row["shape"]
-        ratios = [f"{seconds[n] / seconds['dense']:.2f}" if n in seconds else "" for n in names]
-        lines.append(
-            f"| {d_in} x {d_out} | {row['bits']} | {row['tokens']} | "
-            f"{1e3 * seconds['dense']:.3g} | " + " | ".join(ratios) + " |"
-        )
-    return lines
+def find_ratios(row: dict) -> dict:
+    """Returns a row with seconds over the dense product's."""
+    dense = row["seconds"]["dense"]
+    return row | {"ratios": {name: seconds / dense for name, seconds in row["seconds"].items()}}
 
 
-def measure_products() -> None:
-    """Measures the products that were not on so many threads, one kept after the other."""
-    part = f"products, threads: {count_threads()}"
-    rows = read(part).get("rows", [])
-    known = [(tuple(row["shape"]), row["bits"], row["tokens"]) for row in rows]
-    for problem in PRODUCTS:
-        if problem not in known:
-            rows.append(measure_product(*problem))
-            print(json.dumps(rows[-1]), flush=True)
-            keep(part, rows)
-
-
-def count_threads() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def read(part: str) -> dict:
-    return json.loads(RESULTS.read_text()).get(part, {}) if RESULTS.exists() else {}
-
-
-def keep(part: str, rows: list[dict]) -> None:
-    """Writes a part's rows, and where they were made, beside the other parts."""
-    facts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    made = {"threads": count_threads(), "jax": jax.__version__,
-            "date": str(date.today()), "rows": rows}  # fmt: skip
-    RESULTS.write_text(json.dumps(facts | {part: made}, indent=1) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("products", "model"))
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        write_table()
-    elif arguments.part == "products":
-        measure_products()
-    elif arguments.part == "model":
-        with tempfile.TemporaryDirectory() as folder:
-            keep(f"model, threads: {count_threads()}", measure_models(Path(folder)))
-    else:
-        parser.error("give --part or --table")
+STUDY = Study(
+    __doc__, __file__, list_rows, measure, write_page, needs=("part",), place=find_part,
+    options={"--part": {"choices": ("products", "model")}},
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

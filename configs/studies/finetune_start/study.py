@@ -12,6 +12,7 @@ answers there, before the first update and at the best look.
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -20,8 +21,9 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.models.model import Model
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, quote, table
+
 MODELS = ("babyllama", "xs279k")
 GRID = "bits=2, group_size=32"
 STARTS = {
@@ -30,29 +32,39 @@ STARTS = {
     "apiq": f"apiq({GRID}, rank=16)",
 }
 ROWS, SEQLEN, UPDATES = 1000, 256, 100
+COLUMNS = (
+    ("model", "{model}"),
+    ("base", "{base}"),
+    ("adapters", "{adapters}"),
+    ("before", "{before:.4f}"),
+    ("best", "{best:.4f}"),
+    ("updates", "{updates}"),
+)
 
 
-def measure(shared: Path, work: Path) -> None:
-    """Makes the rows that are missing."""
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    return [
+        {"model": model, "base": base, "adapters": adapters}
+        for model in MODELS
+        for base in STARTS
+        for adapters in ("its own", "new")
+    ]
+
+
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
+    """Fine-tunes from one start."""
+    shared, work = arguments.shared, arguments.work
     data = write_task(shared / "data" / "gsm8k_train.jsonl", work / "task.jsonl")
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for model in MODELS:
-        for base, recipe in STARTS.items():
-            if any((row["model"], row["base"]) == (model, base) for row in rows):
-                continue
-            folder = work / f"{model}-{base}"
-            started = make_start(shared, model, recipe, folder)
-            plain = drop_adapters(started)
-            for name, start, rank in (("its own", started, None), ("new", plain, 16)):
-                settings = {"rank": rank, "updates": UPDATES, "eval_every": 20, "patience": 0}
-                tuned = lqec.finetune(start, data, seqlen=SEQLEN, **settings)
-                history = tuned.report["fits"][-1]["history"]
-                losses = [point["val_loss"] for point in history]
-                rows.append({"model": model, "base": base, "adapters": name, "before": losses[0],
-                             "best": min(losses), "updates": history[-1]["update"],
-                             "history": losses})  # fmt: skip
-                print(json.dumps(rows[-1]), flush=True)
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    folder = work / f"{key['model']}-{key['base']}"
+    start, rank = make_start(shared, key["model"], STARTS[key["base"]], folder), None
+    if key["adapters"] == "new":
+        start, rank = drop_adapters(start), 16
+    settings = {"rank": rank, "updates": UPDATES, "eval_every": 20, "patience": 0}
+    tuned = lqec.finetune(start, data, seqlen=SEQLEN, **settings)
+    history = tuned.report["fits"][-1]["history"]
+    losses = [point["val_loss"] for point in history]
+    return {"before": losses[0], "best": min(losses), "updates": history[-1]["update"],
+            "history": losses}  # fmt: skip
 
 
 def write_task(source: Path, target: Path) -> Path:
@@ -84,34 +96,12 @@ def drop_adapters(model: Model) -> Model:
     return dataclasses.replace(model, params=bare)
 
 
-def write_table() -> None:
-    """Writes results.md from the rows that are there."""
-    rows = json.loads(RESULTS.read_text())
-    lines = [
-        " ".join(__doc__.split("\n\n")[2].split()),
-        "",
-        "| model | base | adapters | before | best | updates |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['base']} | {row['adapters']} | {row['before']:.4f} "
-        f"| {row['best']:.4f} | {row['updates']} |"
-        for row in rows
-    ]
-    TABLE.write_text("\n".join(lines) + "\n")
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
+    return [*quote(__doc__, 2), *table(COLUMNS, results["rows"])]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, help="models/ and data/ are in it")
-    parser.add_argument("--work", type=Path, help="where artifacts go")
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        write_table()
-    else:
-        measure(arguments.shared, arguments.work)
+STUDY = Study(__doc__, __file__, list_rows, measure, write_page, needs=("shared", "work"))
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

@@ -4,19 +4,17 @@
     python configs/studies/generate_7b/study.py --table
 
 Numbers are random and the weights never dense, not even while they are made; what is timed is the
-library's own decode step after `repack`, and reading a prompt. Each run adds its rows to
-results.json; the second form writes results.md.
+library's own decode step after `repack`, and reading a prompt.
 
 2 bits in groups of 64 with integer zeros, rank 64, a cache of 256 tokens; median of `steps` decode
 steps, every step waited for. MB are what the parameters take, and the process at its peak.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from datetime import date
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -25,14 +23,47 @@ import numpy as np
 
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.stepping import step_fns
-from lqec_kernels import ready
+from lqec_kernels import repack
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from llama_7b import make_params, read_config  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, quote, table
+from configs.studies.llama_7b import make_params, read_config
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
 PROMPT, CACHE = 64, 256
+COLUMNS = (
+    ("device", "{device}"),
+    ("jax", "{jax}"),
+    ("date", "{date}"),
+    ("dtype", "{dtype}"),
+    ("sequences", "{sequences}"),
+    ("s a step", "{step_seconds:.4f}"),
+    ("tokens a second", "{tokens_per_second:.2f}"),
+    ("prompt tokens a second", "{prompt_tokens_per_second:.1f}"),
+    ("parameters, MB", "{parameters_mb:.0f}"),
+    ("process, MB", "{peak_rss_mb:.0f}"),
+)
+
+
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    facts = {"device": jax.devices()[0].device_kind, "dtype": arguments.dtype or usual,
+             "layers": arguments.layers}  # fmt: skip
+    return [facts | {"sequences": sequences} for sequences in arguments.sequences]
+
+
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
+    """Makes the model, once, and times it on so many sequences."""
+    config, params = make_model(key["layers"], key["dtype"])
+    megabytes = sum(a.nbytes for a in jax.tree.leaves(params)) / 1e6
+    timed = time_steps(key["sequences"], config, params, jnp.dtype(key["dtype"]), arguments.steps)
+    return {"parameters_mb": megabytes} | timed | {"peak_rss_mb": peak_rss_mb()}
+
+
+@cache
+def make_model(layers: int, dtype: str) -> tuple:
+    """Returns configuration and parameters, packed as they are multiplied by."""
+    config = read_config(layers)
+    return config, repack(draw_params(config, jnp.dtype(dtype)), dtype=jnp.dtype(dtype))
 
 
 def draw_params(config, dtype) -> dict:
@@ -51,7 +82,7 @@ def draw_params(config, dtype) -> dict:
     return make_params(config, dtype, lambda leaf: jax.tree.map(draw, leaf), draw_outer)
 
 
-def measure(sequences: int, config, params, dtype, steps: int) -> dict:
+def time_steps(sequences: int, config, params, dtype, steps: int) -> dict:
     fns = step_fns(config, dtype)
     prefill = jax.jit(fns.prefill, static_argnums=3)
     decode = jax.jit(fns.decode, donate_argnums=3)
@@ -68,56 +99,28 @@ def measure(sequences: int, config, params, dtype, steps: int) -> dict:
         seconds.append(time.perf_counter() - started)
     assert bool(jnp.isfinite(logits).all())
     step = statistics.median(seconds[1:])
-    return {"sequences": sequences, "step_seconds": step, "tokens_per_second": sequences / step,
+    return {"step_seconds": step, "tokens_per_second": sequences / step,
             "prompt_tokens_per_second": sequences * PROMPT / reading}  # fmt: skip
 
 
-def write_table() -> None:
-    """Writes results.md from results.json."""
-    lines = [
-        " ".join(__doc__.split("\n\n")[3].split()),
-        "",
-        "| device | jax | date | dtype | sequences | s a step | tokens a second | prompt tokens a "
-        "second | parameters, MB | process, MB |",
-        "|---|" + "---|" * 9,
-    ]
-    rows = json.loads(RESULTS.read_text())
-    lines += [
-        f"| {row['device']} | {row['jax']} | {row['date']} | {row['dtype']} | {row['sequences']} "
-        f"| {row['step_seconds']:.4f} | {row['tokens_per_second']:.2f} "
-        f"| {row['prompt_tokens_per_second']:.1f} | {row['parameters_mb']:.0f} "
-        f"| {row['peak_rss_mb']:.0f} |"
-        for row in rows
-    ]
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
+    rows = results["rows"]
+    lines = [*quote(__doc__, 3), *table(COLUMNS, rows)]
     if all(row["device"] == "cpu" for row in rows):
         lines.append("| GPU" + " | not run" * 9 + " |")
-    TABLE.write_text("\n".join(lines) + "\n")
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 elsewhere unless given")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        return write_table()
-    config = read_config(arguments.layers)
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(arguments.dtype or ("float32" if on_cpu else "bfloat16"))
-    params = ready(draw_params(config, dtype), dtype=dtype)
-    facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__,
-             "date": str(date.today()), "dtype": dtype.name, "layers": arguments.layers,
-             "parameters_mb": sum(a.nbytes for a in jax.tree.leaves(params)) / 1e6}  # fmt: skip
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for sequences in arguments.sequences:
-        row = facts | measure(sequences, config, params, dtype, arguments.steps)
-        rows.append(row | {"peak_rss_mb": peak_rss_mb()})
-        print(json.dumps(rows[-1]), flush=True)
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+STUDY = Study(
+    __doc__, __file__, list_rows, measure, write_page,
+    options={
+        "--sequences": {"type": int, "nargs": "+", "default": [1, 16]},
+        "--layers": {"type": int, "default": 32},
+        "--dtype": {"help": "float32 on a CPU, bfloat16 elsewhere unless given"},
+        "--steps": {"type": int, "default": 8},
+    },
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

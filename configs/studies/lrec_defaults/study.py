@@ -10,8 +10,9 @@ update is that over the updates.
 """
 
 import argparse
-import json
+import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -24,9 +25,20 @@ from lqec_jax.evaluate.perplexity import divergence, perplexity
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import parse_recipe
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, table
+
 KEY = jax.random.fold_in(jax.random.key(0), 2**20 + 1)  # the driver's for seed 0
 SEQLEN, WINDOWS, TRAIN, SCORED, AT_ONCE = 256, 320, 256, 128, 16
+COLUMNS = (
+    ("model", "{model}"),
+    ("base", "{base}"),
+    ("step", "{step}"),
+    ("dev ppl", "{ppl:.3f}"),
+    ("KL", "{kl:.3f}"),
+    ("validation loss", "{validation_loss:.2f}"),
+    ("CPU s an update", "{cpu_seconds_an_update:.2f}"),
+)
 
 
 def cut(stream: np.ndarray, windows: int) -> np.ndarray:
@@ -75,43 +87,37 @@ class Bench:
         }
 
 
-def write_table(rows: list[dict]) -> None:
+load_bench = cache(Bench)  # rows of one base share it
+
+
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    facts = {"model": arguments.model, "base": arguments.base}
+    return [facts | {"step": step} for step in ["none", *arguments.step]]
+
+
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
+    bench = load_bench(arguments.shared, key["model"], key["base"])
+    return bench.score(bench.problem.params) if key["step"] == "none" else bench.run(key["step"])
+
+
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
     lines = [
         "2 bits in groups of 32, rank 16, 100 updates, a look every 50. Seconds count",
         "compilation and looks, on a machine that did other work too.",
         "",
-        "| model | base | step | dev ppl | KL | validation loss | CPU s an update |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        loss, seconds = row.get("validation_loss"), row.get("cpu_seconds_an_update")
-        lines.append(
-            f"| {row['model']} | {row['base']} | {row['step']} | {row['ppl']:.3f} "
-            f"| {row['kl']:.3f} | {'' if loss is None else format(loss, '.2f')} "
-            f"| {'' if seconds is None else format(seconds, '.2f')} |"
-        )
-    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+    return lines + table(COLUMNS, results["rows"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--base", required=True, help="a recipe without the step")
-    parser.add_argument("--step", action="append", default=[])
-    arguments = parser.parse_args()
-    kept = HERE / "results.json"
-    rows = json.loads(kept.read_text()) if kept.exists() else []
-    bench = Bench(arguments.shared, arguments.model, arguments.base)
-    for text in ["none", *arguments.step]:
-        found = bench.score(bench.problem.params) if text == "none" else bench.run(text)
-        row = {"model": arguments.model, "base": arguments.base, "step": text, **found}
-        rows = [r for r in rows if [r[k] for k in ("model", "base", "step")]
-                != [row[k] for k in ("model", "base", "step")]] + [row]  # fmt: skip
-        print(json.dumps(row), flush=True)
-        kept.write_text(json.dumps(rows, indent=1) + "\n")
-        write_table(rows)
+STUDY = Study(
+    __doc__, __file__, list_rows, measure, write_page, needs=("shared", "model", "base"),
+    options={
+        "--model": {"help": "a folder of SHARED/models"},
+        "--base": {"help": "a recipe without the step"},
+        "--step": {"action": "append", "default": []},
+    },
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

@@ -3,18 +3,15 @@
     python configs/studies/plan_memory/study.py --model DIR --calib TEXT --out results.json
 
 Besides the model given it makes one of 59 million random parameters, large enough for arrays to
-count beside the process. Writes JSON and a table. The host peak is the process's resident maximum,
-of which mapped files are a part.
+count beside the process. The host peak is the process's resident maximum, of which mapped files are
+a part.
 """
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +19,24 @@ from safetensors.numpy import save_file
 
 from lqec_jax.planning.plan import plan
 
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, open_row, table
+
 WIDTH, FF, LAYERS, HEADS, VOCAB, LENGTH = 768, 2048, 8, 12, 4096, 512
 RTN, SVD = "rtn(bits=2, group_size=64)", "rtn(bits=2, group_size=64) | svd(rank=16)"
 RILQ = "rtn(bits=2, group_size=64) | rilq(rank=16, updates=2, batch=2)"
+TRAINED = "rtn(bits=2, group_size=32) | rilq(rank=16, updates=3)"
+RANDOM = "59M random"
+COLUMNS = (
+    ("model", "{name}"),
+    ("recipe", "`{recipe}`"),
+    ("windows", "{windows} x {seqlen}"),
+    ("peak MB", "{peak_mb:.0f}"),
+    ("planned", "{planned_peak_mb:.0f}"),
+    ("ratio", lambda row: f"{row['planned_peak_mb'] / row['peak_mb']:.2f}"),
+    ("file bytes", "{file_bytes}"),
+    ("planned", "{planned_file_bytes}"),
+)
 
 
 def make_model(folder: Path) -> None:
@@ -56,8 +68,24 @@ def make_model(folder: Path) -> None:
     np.save(folder / "tokens.npy", rng.integers(0, VOCAB, 64 * LENGTH, np.int32))
 
 
-def measure(name: str, model: Path, recipe: str, calib: Path, seqlen: int, windows: int) -> dict:
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    rows = [(arguments.model.name, TRAINED, 256, 320), (RANDOM, RTN, LENGTH, 64),
+            (RANDOM, SVD, LENGTH, 16), (RANDOM, RILQ, LENGTH, 16)]  # fmt: skip
+    names = ("name", "recipe", "seqlen", "windows")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
     """Compresses once and returns the plan's numbers beside what came."""
+    if key["name"] != RANDOM:
+        return compress(key, arguments.model, arguments.calib)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "random")
+        return compress(key, Path(folder) / "random", Path(folder) / "random" / "tokens.npy")
+
+
+def compress(key: dict, model: Path, calib: Path) -> dict:
+    recipe, seqlen, windows = (key[name] for name in ("recipe", "seqlen", "windows"))
     foretold = plan(str(model), recipe, seqlen=seqlen, windows=windows)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -68,10 +96,6 @@ def measure(name: str, model: Path, recipe: str, calib: Path, seqlen: int, windo
         report = json.loads((out / "report.json").read_text())
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return {
-        "name": name,
-        "recipe": recipe,
-        "seqlen": seqlen,
-        "windows": windows,
         "planned_file_bytes": foretold["file_bytes"],
         "file_bytes": size,
         "planned_peak_mb": foretold["here"]["host_peak_bytes"] / 1e6,
@@ -79,48 +103,20 @@ def measure(name: str, model: Path, recipe: str, calib: Path, seqlen: int, windo
     }
 
 
-def write_table(results: dict, path: Path) -> None:
-    lines = [
-        f"Peak memory of whole `lqec compress` processes beside `lqec plan`, {results['machine']}, "
-        f"CPU, {results['date']}.",
-        "",
-        "| model | recipe | windows | peak MB | planned | ratio | file bytes | planned |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        recipe = row["recipe"].replace("|", "\\|")
-        lines.append(
-            f"| {row['name']} | `{recipe}` | {row['windows']} x {row['seqlen']} "
-            f"| {row['peak_mb']:.0f} | {row['planned_peak_mb']:.0f} "
-            f"| {row['planned_peak_mb'] / row['peak_mb']:.2f} | {row['file_bytes']} "
-            f"| {row['planned_file_bytes']} |"
-        )
-    path.write_text("\n".join(lines) + "\n")
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
+    made = results | open_row(results["rows"][-1])
+    line = (
+        f"Peak memory of whole `lqec compress` processes beside `lqec plan`, {made['machine']}, "
+        f"CPU, {made['date']}."
+    )
+    return [line, "", *table(COLUMNS, results["rows"])]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True, help="text for --model")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} processors"
-    results = {"machine": machine, "date": date.today().isoformat(), "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        random = Path(folder) / "random"
-        make_model(random)
-        text, small = random / "tokens.npy", arguments.model
-        trained = "rtn(bits=2, group_size=32) | rilq(rank=16, updates=3)"
-        for row in (
-            (small.name, small, trained, arguments.calib, 256, 320),
-            ("59M random", random, RTN, text, LENGTH, 64),
-            ("59M random", random, SVD, text, LENGTH, 16),
-            ("59M random", random, RILQ, text, LENGTH, 16),
-        ):
-            results["rows"].append(measure(*row))
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-            write_table(results, arguments.out.with_suffix(".md"))
+STUDY = Study(
+    __doc__, __file__, list_rows, measure, write_page, needs=("model", "calib"),
+    options={"--model": {"type": Path}, "--calib": {"type": Path, "help": "text for --model"}},
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

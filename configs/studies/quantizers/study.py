@@ -3,9 +3,6 @@
     python configs/studies/quantizers/study.py --shared ../shared --work DIR --model babyllama
     python configs/studies/quantizers/study.py --shared ../shared --table
 
-The first goes on where it was stopped, row by row, and copies its rows to results-MODEL.json; the
-second writes results.md from them.
-
 Groups of 32, 320 calibration windows of 256 tokens of tinystories_calib of which RILQ keeps 64 for
 validation; scored on the first 128 windows of tinystories_dev, which no step reads. `reference` is
 what the authors' own code reaches on the same tokens; s are wall seconds of one run on a machine
@@ -13,12 +10,14 @@ that did other work too. Rows that are not here were not run.
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import lqec_jax as lqec
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Row, Study, quote, read_reference, table
+
 MODELS = ("babyllama", "xs279k")
 BITS = (2, 3, 4)
 SEQLEN, WINDOWS, SCORED = 256, 320, 128
@@ -53,8 +52,25 @@ REFERENCE = {"rtn": "RTN W{b}", "gptq": "GPTQ W{b}", "omniquant": "OmniQuant LWC
              "block_ap": "EfficientQAT Block-AP W{b}"}  # fmt: skip
 
 
-def list_rows() -> list[tuple[str, float, str, str]]:
-    """Returns (name, bits, recipe, recipe under RILQ), alone ones are cheap and come first."""
+FIGURES = {"bits": "{bits_per_weight:.2f}", "ppl": "{ppl:.3f}", "kl": "{kl:.3f}",
+           "s": "{seconds:.0f}"}  # fmt: skip
+COLUMNS = (
+    ("bits", "{bits}"),
+    ("quantizer", "{name}"),
+    ("bits per weight", "{alone[bits]}"),
+    ("perplexity", "{alone[ppl]}"),
+    ("reference", "{reference:.3f}"),
+    ("KL", "{alone[kl]}"),
+    ("s", "{alone[s]}"),
+    ("with RILQ: bits per weight", "{repaired[bits]}"),
+    ("perplexity", "{repaired[ppl]}"),
+    ("KL", "{repaired[kl]}"),
+    ("s", "{repaired[s]}"),
+)
+
+
+def list_quantizers() -> list[tuple[str, float, str, str]]:
+    """Returns (name, bits, recipe, recipe under RILQ)."""
     rows = [
         (name, bits, text.format(b=bits), f"{text.format(b=bits)} | {RILQ[bits]}")
         for bits in BITS
@@ -63,97 +79,65 @@ def list_rows() -> list[tuple[str, float, str, str]]:
     return rows + [(name, b, text, f"{text} | {RILQ[2]}") for name, (b, text) in STARTS.items()]
 
 
-def measure(shared: Path, model: str, work: Path) -> None:
-    """Makes what is missing of a model's rows."""
-    rows = list_rows()
+def list_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Returns the teacher and every recipe; those without RILQ are cheap and come first."""
+    rows = list_quantizers()
     recipes = [alone for *_, alone, _ in rows]
     recipes += [repaired for name, *_, repaired in rows if name not in VARIANTS]
-    out = work / model
-    kept = HERE / f"results-{model}.json"
-    for recipe in recipes:  # one a call: every call checks all of its recipes
-        results = lqec.compare(
-            shared / "models" / model,
-            [recipe],
-            calib=str(shared / "data" / "tinystories_calib.jsonl"),
-            text=str(shared / "data" / "tinystories_dev.jsonl"),
-            out=out,
-            seqlen=SEQLEN,
-            windows=WINDOWS,
-            text_windows=SCORED,
-            resume=(out / "results.json").exists(),
-        )
-        drop = ("artifact", "resolved")
-        results["rows"] = [
-            {key: value for key, value in row.items() if key not in drop} for row in results["rows"]
-        ]
-        results["model"] = model
-        results["environment"].pop("platform", None)
-        results["settings"] = {"seqlen": SEQLEN, "windows": WINDOWS, "scored": SCORED}
-        kept.write_text(json.dumps(results, indent=1) + "\n")
-        print(json.dumps(results["rows"][-1]), flush=True)
+    return [{"recipe": recipe} for recipe in ["teacher", *recipes]]
 
 
-def write_table(shared: Path) -> None:
-    """Writes results.md from the rows that are there."""
-    references = json.loads((shared / "data" / "reference_results.json").read_text())["rows"]
-    lines = [" ".join(__doc__.split("\n\n")[3].split()), ""]
-    for model in MODELS:
-        path = HERE / f"results-{model}.json"
-        if path.exists():
-            lines += table(model, json.loads(path.read_text()), references)
-    notes = HERE / "notes.md"
-    lines += [notes.read_text()] if notes.exists() else []
-    (HERE / "results.md").write_text("\n".join(lines).rstrip() + "\n")
+def measure(key: dict, arguments: argparse.Namespace, results: dict) -> dict:
+    """Compresses by one recipe and scores what comes."""
+    out, data = arguments.work / arguments.model, arguments.shared / "data"
+    # A comparison of any recipe scores the teacher.
+    recipe = QUANTIZERS["rtn"].format(b=BITS[0]) if key["recipe"] == "teacher" else key["recipe"]
+    found = lqec.compare(
+        arguments.shared / "models" / arguments.model, [recipe],
+        calib=str(data / "tinystories_calib.jsonl"), text=str(data / "tinystories_dev.jsonl"),
+        out=out, seqlen=SEQLEN, windows=WINDOWS, text_windows=SCORED,
+        resume=(out / "results.json").exists(),
+    )  # fmt: skip
+    results |= {"model": arguments.model, "protocol": found["protocol"],
+                "settings": {"seqlen": SEQLEN, "windows": WINDOWS, "scored": SCORED}}  # fmt: skip
+    row = next(row for row in found["rows"] if row["recipe"] == key["recipe"])
+    return {name: value for name, value in row.items() if name not in ("artifact", "resolved")}
 
 
-def table(model: str, results: dict, references: list[dict]) -> list[str]:
-    found = {row["recipe"]: row for row in results["rows"]}
-    teacher = results["rows"][0]
-    lines = [
-        f"## {model}: teacher {teacher['ppl']:.3f}",
-        "",
-        "| bits | quantizer | bits per weight | perplexity | reference | KL | s "
-        "| with RILQ: bits per weight | perplexity | KL | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, bits, alone, repaired in list_rows():
-        one, two = found.get(alone), found.get(repaired)
-        if one is None:
-            continue
-        cells = [str(bits), name, *numbers(one)]
-        cells.insert(4, reference(references, model, name, bits))
-        absent = [""] * 4 if name in VARIANTS else ["not run"] * 4
-        lines.append("| " + " | ".join(cells + (numbers(two) if two else absent)) + " |")
-    return [*lines, ""]
+def write_page(models: dict, arguments: argparse.Namespace) -> list[str]:
+    """Returns a table a model, beside what the authors' own codes reach."""
+    references, lines = read_reference(arguments.shared), quote(__doc__, 2)
+    for model, results in models.items():
+        found = {row["recipe"]: row for row in results["rows"]}
+        rows = (
+            {"bits": bits, "name": name, "alone": write_figures(found[alone]),
+             "repaired": write_figures(found.get(repaired), "" if name in VARIANTS else "not run"),
+             "reference": find_reference(references, model, name, bits)}
+            for name, bits, alone, repaired in list_quantizers() if alone in found
+        )  # fmt: skip
+        teacher = f"## {model}: teacher {found['teacher']['ppl']:.3f}"
+        lines += [teacher, "", *table(COLUMNS, rows), ""]
+    return [*lines, Path(__file__).with_name("notes.md").read_text()]
 
 
-def numbers(row: dict) -> list[str]:
-    if row.get("error"):
-        return [row["error"], "", "", ""]
-    return [f"{row['bits_per_weight']:.2f}", f"{row['ppl']:.3f}", f"{row['kl']:.3f}",
-            f"{row['seconds']:.0f}"]  # fmt: skip
+def write_figures(row: Row | None, absent: str = "") -> dict[str, str]:
+    if row is None or row["error"]:
+        return dict.fromkeys(FIGURES, absent) | ({"bits": row["error"]} if row else {})
+    return {name: text.format_map(row) for name, text in FIGURES.items()}
 
 
-def reference(rows: list[dict], model: str, name: str, bits: float) -> str:
+def find_reference(rows: list[dict], model: str, name: str, bits: float) -> float | None:
+    """Returns the best perplexity of the authors' own code."""
     wanted = REFERENCE.get(name, "").format(b=bits)
     ppl = [row["ppl"] for row in rows if row["model"] == model and row["method"] == wanted]
-    return f"{min(ppl):.3f}" if ppl else ""
+    return min(ppl, default=None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, required=True, help="models/ and data/ are in it")
-    parser.add_argument("--work", type=Path, help="where artifacts go")
-    parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        write_table(arguments.shared)
-    elif arguments.model and arguments.work:
-        measure(arguments.shared, arguments.model, arguments.work)
-    else:
-        parser.error("give --table, or --model and --work")
+STUDY = Study(
+    __doc__, __file__, list_rows, measure, write_page, split="model",
+    options={"--model": {"choices": MODELS}}, needs=("shared", "work", "model"),
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

@@ -1,6 +1,6 @@
 """Measures how much the rank matters to RILQ and to SVD on a small model.
 
-    python configs/studies/rank_study/study.py --shared ../shared     # goes on where it was stopped
+    python configs/studies/rank_study/study.py --shared ../shared
     python configs/studies/rank_study/study.py --table                # results.md and figure.svg
 
 2-bit rounding in groups of 32, then a correction of rank 2 to 32 (1/64 to 1/4 of the width). RILQ
@@ -13,21 +13,18 @@ is trained in three ways, for y += gamma (x A) B with b = gamma B stored:
   eight times as far an update as at rank 16.
 
 At rank 16 all three are one run. SVD is a closed form and has neither a gamma nor a seed. Every run
-is scored on the first 128 windows of tinystories_dev, which none of them reads; a row is written as
-soon as it is measured.
+is scored on the first 128 windows of tinystories_dev, which none of them reads.
 """
 
 import argparse
-import json
-import math
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
-RESULTS, TABLE, FIGURE = HERE / "results.json", HERE / "results.md", HERE / "figure.svg"
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from configs.studies.harness import Study, table
 
 MODEL, BASE = "babyllama", "rtn(bits=2, group_size=32)"
 RANKS, SEEDS = (2, 4, 8, 16, 32), (0, 1, 2)
@@ -52,7 +49,7 @@ WAYS = {
 }
 
 
-def list_runs() -> Iterator[dict]:
+def list_runs(arguments: argparse.Namespace) -> Iterator[dict]:
     """Yields what identifies every run, the cheap and the most wanted first."""
     yield {"method": "teacher"}
     yield {"method": "rtn"}
@@ -79,15 +76,16 @@ def write_recipe(run: dict) -> str:
     return f"{BASE} | rilq({given}, updates={UPDATES}, patience=0)"
 
 
-def measure(run: dict, folder: Path, data: Path) -> dict:
+def measure(run: dict, arguments: argparse.Namespace, results: dict) -> dict:
     """Makes one model and scores it."""
     import lqec_jax as lqec
     from lqec_jax.calibration.data import load_tokens
 
+    folder, data = arguments.shared / "models" / MODEL, arguments.shared / "data"
     dense = model = lqec.load(folder)
     calibration = load_tokens(data / "tinystories_calib.jsonl", dense.tokenizer, "documents")
     dev = load_tokens(data / "tinystories_dev.jsonl", dense.tokenizer, "documents")
-    started, row = time.process_time(), dict(run)
+    started, row = time.process_time(), {}
     if run["method"] == "teacher":
         row["bits_per_weight"] = 32.0
     else:
@@ -106,28 +104,6 @@ def measure(run: dict, folder: Path, data: Path) -> dict:
     return row | {name: getattr(score, name) for name in names}
 
 
-def run_study(shared: Path) -> None:
-    """Measures every run that has no row yet."""
-    for run in list_runs():
-        rows = read_rows()
-        if any(row.items() >= run.items() for row in rows):
-            continue
-        row = measure(run, shared / "models" / MODEL, shared / "data")
-        write_rows([*rows, row])
-        print(json.dumps(row), flush=True)
-
-
-def read_rows() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
-def write_rows(rows: list[dict]) -> None:
-    """Replaces the results in one step, so that a kill leaves the old ones or the new."""
-    temporary = RESULTS.with_name(RESULTS.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, RESULTS)
-
-
 def find_curves(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """Returns the measured curves by name, rank -> row: SVD's, then RILQ's by way and seed."""
     curves = {"SVD": {row["rank"]: row for row in rows if row["method"] == "svd"}}
@@ -139,17 +115,17 @@ def find_curves(rows: list[dict]) -> dict[str, dict[int, dict]]:
     return {name: curve for name, curve in curves.items() if curve}
 
 
-def find_spread(curve: dict[int, dict]) -> float:
-    """Returns max - min of the held-out loss over the ranks, nats; NaN while some are missing."""
+def find_spread(curve: dict[int, dict]) -> float | None:
+    """Returns max - min of the held-out loss over the ranks, nats; None while some are missing."""
     losses = [row["nll"] for row in curve.values()]
-    return max(losses) - min(losses) if set(curve) == set(RANKS) else math.nan
+    return max(losses) - min(losses) if set(curve) == set(RANKS) else None
 
 
-def write_table(rows: list[dict]) -> None:
-    """Writes a row a curve: held-out loss by rank, its spread, and the spread over SVD's."""
+def write_page(results: dict, arguments: argparse.Namespace) -> list[str]:
+    """Returns a row a curve: held-out loss by rank, its spread, and the spread over SVD's."""
+    rows = results["rows"]
     curves, by_method = find_curves(rows), {row["method"]: row for row in rows}
-    teacher, rounded = by_method["teacher"], by_method["rtn"]
-    bits = [f"{curves['SVD'][rank]['bits_per_weight']:.2f}" for rank in RANKS]
+    teacher, rounded, of_svd = by_method["teacher"], by_method["rtn"], find_spread(curves["SVD"])
     lines = [
         f"Held-out loss (nats a token; perplexity in brackets) of `{BASE}` with a correction of "
         f"rank 2 to 32, on {MODEL} (width 128), {SCORED} windows, `{teacher['protocol']}`. RILQ: "
@@ -158,25 +134,26 @@ def write_table(rows: list[dict]) -> None:
         f"Teacher {format_score(teacher)}; without a correction {format_score(rounded)} at "
         f"{rounded['bits_per_weight']:.2f} bits per weight.",
         "",
-        "| | " + " | ".join(f"rank {rank}" for rank in RANKS) + " | max − min | over SVD's |",
-        "|---" * (len(RANKS) + 3) + "|",
-        "| bits per weight | " + " | ".join(bits) + " | | |",
     ]
-    of_svd = find_spread(curves["SVD"])
+    shown = []
     for name, curve in curves.items():
-        cells = [format_score(curve[rank]) if rank in curve else "" for rank in RANKS]
         spread = find_spread(curve)
-        last = "" if math.isnan(spread) else f"{spread:.3f} | {spread / of_svd:.2f}"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {last or ' | '} |")
-    lines += ["", "![Held-out loss by rank](figure.svg)"]
-    TABLE.write_text("\n".join(lines) + "\n")
+        scores = {rank: format_score(row) for rank, row in curve.items()}
+        over = spread and of_svd and spread / of_svd
+        shown.append({"name": name, "ranks": scores, "spread": spread, "over": over})
+    columns = [("", "{name}"), *((f"rank {rank}", f"{{ranks[{rank}]}}") for rank in RANKS)]
+    made = table([*columns, ("max − min", "{spread:.3f}"), ("over SVD's", "{over:.2f}")], shown)
+    bits = " | ".join(f"{curves['SVD'][rank]['bits_per_weight']:.2f}" for rank in RANKS)
+    lines += [*made[:2], f"| bits per weight | {bits} | | |", *made[2:]]
+    draw_figure(rows, arguments.out.with_name("figure.svg"))
+    return [*lines, "", "![Held-out loss by rank](figure.svg)"]
 
 
 def format_score(row: dict) -> str:
     return f"{row['nll']:.3f} ({row['ppl']:.2f})"
 
 
-def draw_figure(rows: list[dict]) -> None:
+def draw_figure(rows: list[dict], path: Path) -> None:
     """Draws loss over rank: SVD's line, a line a way through RILQ's means, a point a seed."""
     import matplotlib
 
@@ -207,21 +184,11 @@ def draw_figure(rows: list[dict]) -> None:
     axes.set_xlabel(f"rank (of a width of 128), over {BASE}")
     axes.set_ylabel("held-out loss, nats a token")
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, help="the folder of real models and texts")
-    parser.add_argument("--table", action="store_true", help="only write results.md and figure.svg")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        if arguments.shared is None:
-            parser.error("--shared names the folder of real models and texts")
-        run_study(arguments.shared)
-    write_table(read_rows())
-    draw_figure(read_rows())
+STUDY = Study(__doc__, __file__, list_runs, measure, write_page, needs=("shared",))
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run()

@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from lqec_jax.train.adapters import make_optimizer, map_linears
 
 import lqec_jax as lqec
 from lqec_jax.core.types import ModelProblem
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.decoder import model_fns
-from lqec_jax.train.adapters import make_optimizer, map_linears
 from lqec_jax.train.sharding import make_mesh
 from lqec_jax.train.update import count_parts, init_state, make_update
 from lqec_jax.trainings.rilq import make_objective

@@ -1,12 +1,12 @@
-"""The artifact folder: config.json, tokenizer, lqec.json, safetensors, the report, a model card.
+"""The artifact folder: config.json, tokenizer, lqec.json, safetensors, the report, its pages.
 
 lqec.json says what every compressed weight is made of; the safetensors hold the arrays, in shards
-with an index where they are large. The folder is written under a temporary name and renamed.
+with an index where they are large. The folder is written under a temporary name and renamed. Pages
+for people, made of the report, are texts that the caller hands over.
 """
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lqec_jax.core.tree import get_at, stack_blocks, unstack_blocks
+from lqec_jax.core.tree import each_block, get_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.evaluate.card import CARD, render_card
-from lqec_jax.evaluate.page import render_report
 from lqec_jax.io.artifact.leaves import flatten, unflatten
-from lqec_jax.io.files import (
-    check_writable,
-    staged_folder,
-    write_json,
-    write_tensors,
-    write_text,
-)
-from lqec_jax.io.sources.hf import INDEX, SINGLE, Checkpoint, read_json
+from lqec_jax.io.carried import copy_carried
+from lqec_jax.io.files import check_writable, read_json, staged_folder, write_json, write_text
+from lqec_jax.io.sources.hf import Checkpoint
 from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
@@ -37,17 +31,19 @@ from lqec_kernels.formats import CompressedLinear
 FORMAT_VERSION = 1
 META = "lqec.json"
 REPORT = "report.json"
-PAGE = "report.html"
-SHARD_BYTES = 4 * 2**30
 
 
 def is_artifact(folder: str | Path) -> bool:
     return (Path(folder) / META).is_file()
 
 
-def save_artifact(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
+def save_artifact(
+    model: Model, out: str | Path, pages: Mapping[str, str], *, overwrite: bool = False
+) -> Path:
     """Writes a compressed model as one folder.
 
+    Args:
+      pages: name of a file -> its text, written beside the weights for people to read.
     Raises:
       InputError: `out` exists and `overwrite` is not set.
     Returns:
@@ -56,7 +52,7 @@ def save_artifact(model: Model, out: str | Path, *, overwrite: bool = False) -> 
     out = Path(out)
     check_free(out, overwrite)
     with staged_folder(out, replace=overwrite) as temporary:
-        write_artifact(model, temporary)
+        write_artifact(model, temporary, pages)
     return out
 
 
@@ -75,16 +71,15 @@ def check_free(out: Path, overwrite: bool) -> None:
     check_writable(out)
 
 
-def write_artifact(model: Model, folder: Path) -> None:
-    """Writes the files of an artifact into an empty folder."""
+def write_artifact(model: Model, folder: Path, pages: Mapping[str, str]) -> None:
+    """Writes the files of an artifact, and its pages, into an empty folder."""
     arrays, weights = name_arrays(model.params)
     write_weights(folder, sorted(arrays.items()), made_by="lqec")
-    for path in model.tokenizer.files() if model.tokenizer else []:
-        shutil.copyfile(path, folder / path.name)
+    copy_carried(model, folder)
     write_json(folder / "config.json", model.raw_config)
     write_json(folder / REPORT, model.report)
-    write_text(folder / PAGE, render_report(model.report))
-    write_text(folder / CARD, render_card(model.report))
+    for name, text in pages.items():
+        write_text(folder / name, text)
     meta = {
         "format_version": FORMAT_VERSION,
         "recipe": model.recipe,
@@ -183,48 +178,5 @@ def _check_shapes(config: ModelConfig, tree: Params) -> None:
 
 def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     """Returns a model's arrays by name and the descriptions of its compressed weights."""
-    blocks = {str(i): block for i, block in enumerate(unstack_blocks(params["blocks"]))}
+    blocks = {str(number): block for number, block in enumerate(each_block(params))}
     return flatten({**params, "blocks": blocks})
-
-
-def shard_arrays(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """Cuts arrays, in order of name, into the shards that an artifact has."""
-    return _fill_shards(sorted(arrays.items()))
-
-
-def write_weights(
-    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, made_by: str = "pt"
-) -> None:
-    """Writes tensors as they come: one file, or shards of at most `SHARD_BYTES` with an index."""
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _fill_shards(tensors):
-        write_tensors(folder / _part(len(shards)), shard, made_by=made_by)
-        shards.append(sorted(shard))
-        total += sum(array.nbytes for array in shard.values())
-    if len(shards) == 1:
-        os.rename(folder / _part(0), folder / SINGLE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / _part(number), folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _fill_shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """Cuts a sequence of arrays into shards of at most `SHARD_BYTES`, or of one array."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, array in tensors:
-        if shard and size + array.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = array
-        size += array.nbytes
-    yield shard
-
-
-def _part(number: int) -> str:
-    return f"part-{number}"

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
+from lqec_jax.core.sites import linear_path, put
 from lqec_jax.core.tree import set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
@@ -44,7 +45,6 @@ FORMATS: dict[str, type] = {
     "sparse24": sparse.Sparse24,
 }
 _NAMES = {cls: name for name, cls in FORMATS.items()}
-_SUFFIX = "/kernel"  # of a linear's path; left out of names
 
 
 def flatten(tree: Params, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, dict]]:
@@ -58,7 +58,7 @@ def flatten(tree: Params, prefix: str = "") -> tuple[dict[str, np.ndarray], dict
     for key, node in tree.items():
         path = f"{prefix}/{key}" if prefix else key
         if isinstance(node, CompressedLinear):
-            path = path.removesuffix(_SUFFIX)
+            path = linear_path(path) or path  # names leave the rest out
             weights[path] = _describe_linear(node, path, arrays)
         elif isinstance(node, dict):
             inner_arrays, inner_weights = flatten(node, path)
@@ -79,7 +79,7 @@ def unflatten(arrays: Mapping[str, np.ndarray], weights: Mapping[str, dict]) -> 
     used = set()
     for path, description in weights.items():
         leaf, names = _build_linear(path, description, arrays)
-        tree = set_at(tree, path + _SUFFIX, leaf)
+        tree = put(tree, path, leaf)
         used |= names
     for name, array in arrays.items():
         if name not in used:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config, write_weights
-from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.exports.integer_weights import as_words, is_packed, read_affine, read_scales
+from lqec_jax.io.exports.walk import Placed, cast, to_stored, walk, write_config
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
 
@@ -26,7 +26,7 @@ ASYMMETRIC = (
 )
 
 
-def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
+def write(model: Model, folder: Path, dtype: np.dtype | None) -> list[str]:
     """Writes the folder; linears that are dense stay dense and are listed as ignored.
 
     Raises:
@@ -35,10 +35,10 @@ def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
     groups, ignored = _find_grids(model)
     # transformers may unpack in the scales' dtype; in float32 nothing is rounded then.
     exact = model.params["embed"]["embedding"].dtype == np.float32
-    scales = options.dtype or (np.dtype(np.float32) if exact else None)
-    tensors = (named for placed in walk(model) for named in _stored(placed, options.dtype, scales))
+    scales = dtype or (np.dtype(np.float32) if exact else None)
+    tensors = (named for placed in walk(model) for named in _stored(placed, dtype, scales))
     write_weights(folder, tensors)
-    write_config(model, folder, options.dtype, make_config(groups, ignored))
+    write_config(model, folder, dtype, make_config(groups, ignored))
     notes = [ASYMMETRIC] if any(not symmetric for _, _, symmetric in groups) else []
     if any(32 % bits for bits, _, _ in groups):
         notes.append("codes that straddle words are read by compressed-tensors 0.18 and later")

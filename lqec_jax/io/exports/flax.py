@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -21,10 +19,11 @@ from lqec_jax.core.tree import is_compressed
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.leaves import flatten, unflatten
-from lqec_jax.io.exports.dense import cast, to_dense, write_config, write_weights
-from lqec_jax.io.exports.export import ExportOptions, read_record
-from lqec_jax.io.files import write_json
-from lqec_jax.io.sources.hf import Checkpoint, read_json
+from lqec_jax.io.exports.record import read_record
+from lqec_jax.io.exports.walk import cast, to_dense, write_config
+from lqec_jax.io.files import read_json, write_json
+from lqec_jax.io.sources.hf import Checkpoint
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models import families
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.flax_module import Decoder
@@ -33,22 +32,21 @@ from lqec_jax.models.model import Model
 WEIGHTS = "flax_weights.json"
 
 
-def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
+def write(model: Model, folder: Path, dtype: np.dtype | None, *, dense: bool = False) -> list[str]:
     """Writes the tree's arrays and, as JSON, what its packed weights are made of.
 
+    Args:
+      dense: packed weights are unpacked.
     Raises:
-      InputError: a weight holds values that `options.dtype` cannot.
+      InputError: a weight holds values that `dtype` cannot.
     """
-    params = _unpack(model.params) if options.dense else model.params
+    params = _unpack(model.params) if dense else model.params
     arrays, weights = flatten({**params, "blocks": _number(params["blocks"])})
-    tensors = (_cast(name, arrays[name], options.dtype) for name in sorted(arrays))
+    tensors = (_cast(name, arrays[name], dtype) for name in sorted(arrays))
     write_weights(folder, tensors)
     write_json(folder / WEIGHTS, weights)
-    write_config(model, folder, options.dtype)
-    return [
-        "module, params = lqec_jax.io.exports.flax.load(folder); "
-        "module.apply({'params': params}, ids)"
-    ]
+    write_config(model, folder, dtype)
+    return ["module, params = lqec_jax.load_flax(folder); module.apply({'params': params}, ids)"]
 
 
 def load(folder: str | Path, dtype: Any = jnp.float32) -> tuple[nn.Module, dict[str, Any]]:
@@ -61,7 +59,7 @@ def load(folder: str | Path, dtype: Any = jnp.float32) -> tuple[nn.Module, dict[
     Raises:
       InputError: the folder is no flax export, or it is damaged.
     Example:
-      >>> module, params = load("small-flax")
+      >>> module, params = lqec_jax.load_flax("small-flax")
       >>> logits = module.apply({"params": params}, tokens)  # int [b, t] -> float32 [b, t, vocab]
       >>> # The same through nnx; eval_shape spares the zeros that update would replace:
       >>> init = lambda: nnx.bridge.ToNNX(module).lazy_init(tokens, rngs=nnx.Rngs(0))
@@ -93,24 +91,6 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict({key: _freeze(inner) for key, inner in value.items()})
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
-
-
-def read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    """Reads a file of `flax.serialization.to_bytes` as arrays by '/'-joined path.
-
-    Raises:
-      InputError: it is no msgpack, is cut short, or holds no tree of arrays.
-    """
-    try:
-        tree = flax.serialization.msgpack_restore(path.read_bytes())
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as err:
-        reason = " ".join(str(err).split())[:200] or type(err).__name__
-        raise InputError(
-            f"{path}: not a whole Flax msgpack file ({reason}); download it again"
-        ) from err
-    if not isinstance(tree, Mapping):
-        raise InputError(f"{path}: holds a {type(tree).__name__}, wanted a tree of parameters")
-    return flatten_dict(tree, sep="/")
 
 
 def _unpack(params: Params) -> Params:

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config, write_weights
-from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.exports.integer_weights import (
     as_words,
     is_packed,
@@ -20,7 +18,9 @@ from lqec_jax.io.exports.integer_weights import (
     read_scales,
     read_zeros,
 )
+from lqec_jax.io.exports.walk import Placed, cast, to_stored, walk, write_config
 from lqec_jax.io.files import write_json
+from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
 
@@ -30,14 +30,19 @@ STORED_LESS = {1: np.uint8(1), 2: np.uint8(0)}  # what is taken off a zero
 CONFIG = "quantize_config.json"
 
 
-def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
+def write(
+    model: Model, folder: Path, dtype: np.dtype | None, *, gptq_version: int = 1
+) -> list[str]:
     """Writes the folder that GPTQModel and vLLM read.
 
+    Args:
+      gptq_version: 1 stores zeros less one, 2 as they are.
     Raises:
       InputError: a linear that GPTQ cannot hold; linears of two widths, group sizes or symmetries;
         a zero of 0 in version 1.
     """
-    version = options.gptq_version or 1
+    if gptq_version not in CHECKPOINT_FORMATS:
+        raise InputError(f"export: gptq_version={gptq_version!r}; 1 or 2 was wanted")
     bits, group_size, symmetric = _find_grid(model)
     quantization = {
         "quant_method": "gptq",
@@ -46,17 +51,17 @@ def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
         "desc_act": False,
         "sym": symmetric,
         "lm_head": False,
-        "checkpoint_format": CHECKPOINT_FORMATS[version],
+        "checkpoint_format": CHECKPOINT_FORMATS[gptq_version],
         "pack_dtype": "int32",
         "true_sequential": True,
         "static_groups": False,
         "meta": {"quantizer": ["lqec-jax"]},
     }
-    tensors = (named for placed in walk(model) for named in _stored(placed, version, options.dtype))
+    tensors = (named for placed in walk(model) for named in _stored(placed, gptq_version, dtype))
     write_weights(folder, tensors)
-    write_config(model, folder, options.dtype, quantization)
+    write_config(model, folder, dtype, quantization)
     write_json(folder / CONFIG, quantization)
-    return _notes(bits, symmetric, version)
+    return _notes(bits, symmetric, gptq_version)
 
 
 def pack_linear(base: Affine, version: int, path: str) -> dict[str, np.ndarray]:

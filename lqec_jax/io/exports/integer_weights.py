@@ -7,7 +7,7 @@ import numpy as np
 
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed
+from lqec_jax.io.exports.walk import Placed
 from lqec_kernels.formats import Affine, Dense
 
 

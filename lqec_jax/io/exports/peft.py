@@ -14,12 +14,10 @@ import numpy as np
 
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.errors import InputError
-from lqec_jax.io.base import hash_base
-from lqec_jax.io.exports.dense import Placed, cast, walk
-from lqec_jax.io.exports.export import ExportOptions, read_record
+from lqec_jax.io.exports.record import hash_base, read_record
+from lqec_jax.io.exports.walk import Placed, cast, walk
 from lqec_jax.io.files import write_json, write_tensors
 from lqec_jax.models.model import Model
-from lqec_kernels.adapters import QuantizedLowRank
 from lqec_kernels.formats import LowRank
 
 CONFIG = "adapter_config.json"
@@ -32,14 +30,18 @@ DEQUANTIZE = (
 )
 
 
-def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
+def write(
+    model: Model, folder: Path, dtype: np.dtype | None, *, base: str | Path | None = None
+) -> list[str]:
     """Writes adapter_config.json and adapter_model.safetensors.
 
+    Args:
+      base: the exported folder that the adapter belongs to.
     Raises:
-      InputError: there is no adapter; a correction is not of low rank; `options.base` is not the
-        exported base of this model.
+      InputError: there is no adapter; a correction is not of low rank; `base` is not the exported
+        base of this model.
     """
-    notes = [UNNAMED] if options.base is None else _check_base(model, options.base)
+    notes = [UNNAMED] if base is None else _check_base(model, Path(base))
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     modules: list[str] = []
@@ -51,16 +53,16 @@ def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
         a, b = _factors(placed)
         ranks[placed.module] = a.shape[1]
         name = f"{PREFIX}{placed.module}"
-        tensors[f"{name}.lora_A.weight"] = cast(a.T, options.dtype, placed.path)
-        tensors[f"{name}.lora_B.weight"] = cast(b.T, options.dtype, placed.path)
+        tensors[f"{name}.lora_A.weight"] = cast(a.T, dtype, placed.path)
+        tensors[f"{name}.lora_B.weight"] = cast(b.T, dtype, placed.path)
     if not ranks:
         raise InputError(
             "export: the model has no low-rank corrections for peft to hold; export it as hf, or "
             "compress with a step that adds some, as svd"
         )
     write_tensors(folder / WEIGHTS, tensors, made_by="pt")
-    base = None if options.base is None else str(options.base)
-    write_json(folder / CONFIG, make_config(ranks, modules, base))
+    named = None if base is None else str(Path(base))
+    write_json(folder / CONFIG, make_config(ranks, modules, named))
     return notes
 
 
@@ -107,16 +109,14 @@ def _targets(ranks: Mapping[str, int], modules: Sequence[str]) -> list[str]:
 
 def _factors(placed: Placed) -> tuple[np.ndarray, np.ndarray]:
     """Returns a [d_in, r] and b [r, d_out]; several corrections are one of their ranks' sum."""
-    corrections = [
-        c.factors() if isinstance(c, QuantizedLowRank) else c for c in placed.value.corrections
-    ]
-    strange = [c for c in corrections if type(c) is not LowRank]
-    if strange:
+    adapters = [correction.factors() for correction in placed.value.corrections]
+    if None in adapters:
+        strange = placed.value.corrections[adapters.index(None)]
         raise InputError(
-            f"export: {placed.path} has a {type(strange[0]).__name__} correction, which peft "
+            f"export: {placed.path} has a {type(strange).__name__} correction, which peft "
             "cannot hold; export it as hf, where it is folded in"
         )
-    factors = [_expand(c) for c in corrections]
+    factors = [_expand(adapter) for adapter in adapters]
     a = np.concatenate([a for a, _ in factors], axis=1)
     return a, np.concatenate([b for _, b in factors], axis=0)
 

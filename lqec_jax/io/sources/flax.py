@@ -4,22 +4,26 @@ Their modules are named as in the Hugging Face checkpoint, with '/' for '.'; a k
 [d_in, d_out] already, an embedding is 'embedding', a norm's vector 'weight' or 'scale'.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from lqec_jax.core.hashing import hash_arrays
 from lqec_jax.core.tree import set_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import INDEX, SINGLE, read_json
-from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
+from lqec_jax.io.files import read_json
+from lqec_jax.io.sources.tokenizer import find_tokenizer
+from lqec_jax.io.tensor_file import INDEX, SINGLE
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.families import StoredTensor
@@ -48,14 +52,11 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
       InputError: as `from_flax`; a file is missing or damaged.
     Cost: host memory of the whole file once more than the model.
     """
-    from lqec_jax.io.exports.flax import read_msgpack
-
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     files = [folder / MSGPACK]
     if not files[0].is_file():
-        names = read_json(folder / MSGPACK_INDEX).get("weight_map", {})
-        files = sorted({folder / name for name in names.values()})
+        files = [folder / name for name in _read_shards(folder / MSGPACK_INDEX)]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         raise InputError(
@@ -63,9 +64,45 @@ def load_flax_checkpoint(folder: str | Path, dtype: Any = jnp.float32) -> Model:
         )
     flat: dict[str, np.ndarray] = {}
     for path in files:
-        flat |= read_msgpack(path)
-    tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
-    return replace(from_flax(raw, flat), tokenizer=tokenizer, folder=folder, dtype=dtype)
+        shard = read_msgpack(path)
+        twice = [n for n in shard if n in flat and not np.array_equal(shard[n], flat[n])]
+        if twice:
+            raise InputError(
+                f"{path}: {twice[0]!r} lies in an earlier shard too, with different values; the "
+                "shards are of two versions, download them again"
+            )
+        flat |= shard
+    model = from_flax(raw, flat)
+    return replace(model, tokenizer=find_tokenizer(folder), folder=folder, dtype=dtype)
+
+
+def read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    """Reads a file of `flax.serialization.to_bytes` as arrays by '/'-joined path.
+
+    Raises:
+      InputError: it is no msgpack, is cut short, or holds no tree of arrays.
+    """
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as err:
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
+        raise InputError(
+            f"{path}: not a whole Flax msgpack file ({reason}); download it again"
+        ) from err
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path}: holds a {type(tree).__name__}, wanted a tree of parameters")
+    return flatten_dict(tree, sep="/")
+
+
+def _read_shards(path: Path) -> list[str]:
+    """Returns the files that an index names, each once, in order."""
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange or not names:
+        came = f"names {strange[0]!r}" if strange else "names no shard"
+        raise InputError(f"{path} {came}; wanted files in this folder, download the index again")
+    return sorted(set(names))
 
 
 def from_flax(
@@ -191,8 +228,5 @@ def _check_rest(named: dict[str, np.ndarray], outer: Params, config: ModelConfig
 
 
 def _fingerprint(params: Params) -> str:
-    digest = hashlib.sha256()
-    for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return hash_arrays((jax.tree_util.keystr(path), np.asarray(array)) for path, array in leaves)

@@ -6,57 +6,37 @@ orientation here and nowhere deeper: a checkpoint keeps them [d_out, d_in], we k
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.tensor_file import TensorEntry, read_chunks, read_entry, read_header
+from lqec_jax.io.files import read_json
+from lqec_jax.io.sources.index import INERT, count, few, read_index, say_unread
+from lqec_jax.io.sources.scan import (
+    WEIGHT_DTYPES,
+    check_finite,
+    count_non_finite,
+    scan_checkpoint,
+)
+from lqec_jax.io.tensor_file import (
+    INDEX,
+    SINGLE,
+    TensorEntry,
+    read_entry,
+    read_header,
+    read_part,
+    same_bytes,
+)
 from lqec_jax.models.config import ModelConfig
-from lqec_jax.models.families import Family, StoredTensor
+from lqec_jax.models.families import Cut, Family, StoredTensor
 from lqec_jax.models.parameters import with_constants
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-EMBEDDED = Path(__file__).parents[1] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
-_WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16"}
-_SCAN = 1 << 22  # elements looked at in one go for NaN and Inf
+EMBEDDED = Path(__file__).parents[2] / "demo" / "model"  # by the name `demo`, see lqec_jax.demo
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_INERT = re.compile(r".*rotary_emb\.inv_freq")  # a constant that old checkpoints saved
-
-
-def read_json(path: str | Path) -> dict:
-    """Reads one JSON object.
-
-    Raises:
-      InputError: the file is missing, is not UTF-8 JSON (file and line named), or is not an object.
-    """
-    path = Path(path)
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; restore it or name another folder") from None
-    except OSError as err:
-        raise InputError(f"{path} cannot be read: {err.strerror}; wanted a JSON file") from err
-    except json.JSONDecodeError as err:
-        raise InputError(
-            f"{path}, line {err.lineno}: not JSON ({err.msg}); the file is cut short or damaged, "
-            "restore it"
-        ) from err
-    except UnicodeDecodeError as err:
-        line = err.object[: err.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text; restore the file") from err
-    except (RecursionError, ValueError) as err:  # nested without end; a number of 5000 digits
-        raise InputError(f"{path} cannot be read as JSON ({err}); restore the file") from err
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path}, line 1: holds a {type(value).__name__}, wanted an object {{...}}"
-        )
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +55,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Checks config.json, every header and the index; reads no tensor.
+        """Checks config.json, every header and the index; reads no tensor but one that lies twice.
 
+        What is there and is not read, as a `consolidated.safetensors` beside shards, is logged.
         Args:
           folder: a local folder, or a hub id `org/name`, which is fetched when the [hf] extra is
             installed (with HF_HUB_OFFLINE=1 only from the local cache).
         Raises:
           InputError: no such folder; config.json, a shard or the index is missing or damaged (with
-            the byte sizes where a file is cut short); only pickled weights.
+            the byte sizes where a file is cut short); the index and the shards disagree about
+            what there is; only pickled weights.
         """
         folder = find_folder(folder)
         config = read_json(folder / "config.json")
@@ -92,11 +74,12 @@ class Checkpoint:
                 f"{folder} holds both {SINGLE} and {INDEX}, two versions of the weights; "
                 "move the stale one away"
             )
-        if single:
-            return cls(folder, config, read_header(folder / SINGLE))
-        if index:
-            return cls(folder, config, _read_index(folder))
-        raise InputError(_no_weights(folder))
+        if not single and not index:
+            raise InputError(_no_weights(folder))
+        path = folder / INDEX
+        entries = read_index(path, read_json(path)) if index else read_header(folder / SINGLE)
+        say_unread(folder, entries)
+        return cls(folder, config, entries)
 
     def names(self) -> list[str]:
         """Returns the names of the tensors, sorted."""
@@ -110,29 +93,27 @@ class Checkpoint:
         """Returns a tensor's dtype as stored, from the header."""
         return self._entry(name).dtype
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor as stored: shape, dtype and orientation of the file.
+    def read(self, name: str, cut: Cut | None = None) -> np.ndarray:
+        """Reads one tensor, or a cut of it, as stored: shape, dtype and orientation of the file.
 
         Raises:
           InputError: no such tensor; the file became shorter since it was opened.
         """
-        return read_entry(self._entry(name))
+        entry = self._entry(name)
+        return read_entry(entry) if cut is None else read_part(entry, *cut)
 
     def fingerprint(self) -> str:
         """Hashes what the model is: sha256 of config.json and the weight files in name order, hex.
 
+        Weights that are not finite are refused in the same pass, see `scan.scan_checkpoint`.
+
         Cost: reads every byte once, 8 MiB at a time.
         """
-        digest = hashlib.sha256()
-        files = {entry.file for entry in self.entries.values()}
-        for path in [self.folder / "config.json", *sorted(files)]:
-            for chunk in read_chunks(path, 0, path.stat().st_size):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return scan_checkpoint(self.folder / "config.json", self.entries)
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
-            raise InputError(f"{self.folder} has no tensor {name!r}; it has {_few(self.names())}")
+            raise InputError(f"{self.folder} has no tensor {name!r}; it has {few(self.names())}")
         return self.entries[name]
 
 
@@ -151,28 +132,15 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -
     wanted = _expected_tensors(family, config)
     _check_present(checkpoint, wanted)
     allowed = set(wanted) | {_head_name(family, config)}
-    extra = [n for n in checkpoint.names() if n not in allowed and not _INERT.fullmatch(n)]
+    extra = [n for n in checkpoint.names() if n not in allowed and not INERT.fullmatch(n)]
     if extra:
         raise InputError(
-            f"{checkpoint.folder}: {_count(extra)} that a {config.family} of {config.layers} "
-            f"layers does not have: {_few(extra)}; dropping weights would change the model, so "
+            f"{checkpoint.folder}: {count(extra)} that a {config.family} of {config.layers} "
+            f"layers does not have: {few(extra)}; dropping weights would change the model, so "
             "check model_type and num_hidden_layers in config.json"
         )
     for name, stored in wanted.items():
         _check_shape(checkpoint, name, stored)
-
-
-def check_values(checkpoint: Checkpoint) -> None:
-    """Refuses NaN and Inf anywhere, so that hours of work do not end at the last block.
-
-    Raises:
-      InputError: names the first tensor that holds some.
-    Cost: reads every tensor once, one at a time.
-    """
-    for name in checkpoint.names():
-        array = checkpoint.read(name)
-        if array.dtype.name in _WEIGHT_DTYPES:
-            _check_finite(array, checkpoint.entries[name].file, name)
 
 
 def read_block(
@@ -203,7 +171,7 @@ def read_outer(checkpoint: Checkpoint, family: Family, config: ModelConfig, dtyp
     tensors = family.outer_tensors(config)
     head, embedding = _head_name(family, config), tensors["embed/embedding"].name
     redundant = config.tied_head and head in checkpoint.entries
-    if redundant and not _same_bytes(checkpoint, head, embedding):
+    if redundant and not same_bytes(*(checkpoint.entries[name] for name in (head, embedding))):
         raise InputError(
             f"{checkpoint.folder}: {head!r} differs from {embedding!r}, but config.json says "
             "tie_word_embeddings: true; set it to false to use this head"
@@ -213,7 +181,7 @@ def read_outer(checkpoint: Checkpoint, family: Family, config: ModelConfig, dtyp
 
 def _read_tree(checkpoint: Checkpoint, tensors: dict[str, StoredTensor], dtype) -> dict:
     """Reads `tensors` (our path -> where it is stored) into a nested dict."""
-    _check_present(checkpoint, [stored.name for stored in tensors.values()])
+    _check_present(checkpoint, {stored.name: stored for stored in tensors.values()})
     tree: dict = {}
     for path, stored in tensors.items():
         _check_shape(checkpoint, stored.name, stored)
@@ -226,49 +194,24 @@ def _read_tree(checkpoint: Checkpoint, tensors: dict[str, StoredTensor], dtype) 
 
 
 def _read_weight(checkpoint: Checkpoint, stored: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    came = checkpoint.read(stored.name)
+    came = checkpoint.read(stored.name, stored.cut)
     where = f"{checkpoint.entries[stored.name].file}: {stored.name!r}"
-    if came.dtype.name not in _WEIGHT_DTYPES:
+    if came.dtype.name not in WEIGHT_DTYPES:
         raise InputError(
-            f"{where} is {came.dtype.name}, wanted one of {', '.join(sorted(_WEIGHT_DTYPES))}; "
+            f"{where} is {came.dtype.name}, wanted one of {', '.join(sorted(WEIGHT_DTYPES))}; "
             "name the dense original of this checkpoint"
         )
-    _check_finite(came, checkpoint.entries[stored.name].file, stored.name)
+    check_finite(came, checkpoint.entries[stored.name].file, stored.name)
     with np.errstate(over="ignore"):  # counted below, and named
         # The transpose, the copy and the cast are one pass into one new array.
-        inner = came.T if stored.transposed else came
+        inner = np.swapaxes(came, -1, -2) if stored.transposed else came
         weight = inner.astype(dtype, order="C", copy=stored.transposed)
-    lost = _count_non_finite(weight) if dtype == np.float16 else 0
+    lost = count_non_finite(weight) if dtype == np.float16 else 0
     if lost:
         raise InputError(
             f"{where} has {lost} values beyond the range of float16; choose bfloat16 or float32"
         )
     return weight
-
-
-def _check_finite(array: np.ndarray, file: Path, name: str) -> None:
-    bad = _count_non_finite(array)
-    if bad:
-        raise InputError(
-            f"{file}: {name!r} holds {bad} non-finite of {array.size} values (NaN or Inf), wanted "
-            "numbers; the checkpoint is damaged, download or train it again"
-        )
-
-
-def _count_non_finite(array: np.ndarray) -> int:
-    flat = array.reshape(-1)
-    starts = range(0, flat.size, _SCAN)
-    return sum(int(np.count_nonzero(~np.isfinite(flat[i : i + _SCAN]))) for i in starts)
-
-
-def _same_bytes(checkpoint: Checkpoint, left: str, right: str) -> bool:
-    a, b = checkpoint.entries[left], checkpoint.entries[right]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    pairs = zip(
-        read_chunks(a.file, a.offset, a.bytes), read_chunks(b.file, b.offset, b.bytes), strict=True
-    )
-    return all(x == y for x, y in pairs)
 
 
 def _block_tensors(family: Family, config: ModelConfig, layer: int) -> dict[str, StoredTensor]:
@@ -286,14 +229,16 @@ def _expected_tensors(family: Family, config: ModelConfig) -> dict[str, StoredTe
 
 
 def _head_name(family: Family, config: ModelConfig) -> str:
-    return family.outer_tensors(dataclasses.replace(config, tied_head=False))["head/kernel"].name
+    return family.outer_tensors(dataclasses.replace(config, tied_head=False))[
+        kernel_path("head")
+    ].name
 
 
 def _check_present(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
     missing = [name for name in wanted if name not in checkpoint.entries]
     if missing:
         raise InputError(
-            f"{checkpoint.folder}: {_count(missing)} missing: {_few(missing)}; the files hold "
+            f"{checkpoint.folder}: {count(missing)} missing: {few(missing)}; the files hold "
             f"{len(checkpoint.entries)}; check model_type, num_hidden_layers and "
             "tie_word_embeddings in config.json, or download the rest"
         )
@@ -349,47 +294,7 @@ def _no_weights(folder: Path) -> str:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         return (
-            f"{folder} has {_few(pickled)} but no {SINGLE}; pickled weights are not read, convert "
+            f"{folder} has {few(pickled)} but no {SINGLE}; pickled weights are not read, convert "
             "them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     return f"{folder} has neither {SINGLE} nor {INDEX}; download the weights into it"
-
-
-def _read_index(folder: Path) -> dict[str, TensorEntry]:
-    """Returns the tensors that the index names, each checked to be in its shard."""
-    path = folder / INDEX
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path} has no weight_map {{tensor: file}}; download the index again")
-    shards = {shard for shard in weight_map.values() if _is_shard_name(shard)}
-    strange = [name for name, shard in weight_map.items() if not _is_shard_name(shard)]
-    if strange:
-        raise InputError(
-            f"{path}: the shard of {_few(strange)} is no file name in this folder; repair the index"
-        )
-    lost = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if lost:
-        raise InputError(
-            f"{folder}: {len(lost)} of {len(shards)} shards missing: {_few(lost)}; download them"
-        )
-    headers = {shard: read_header(folder / shard) for shard in sorted(shards)}
-    absent = [name for name, shard in weight_map.items() if name not in headers[shard]]
-    if absent:
-        raise InputError(
-            f"{path} names {_count(absent)} that the shard does not hold: {_few(absent)}; the "
-            "index and the shards are of two versions, download both again"
-        )
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def _is_shard_name(shard: object) -> bool:
-    return isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

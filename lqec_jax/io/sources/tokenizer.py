@@ -6,21 +6,21 @@ text becomes that token, as everywhere else in this field.
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json
+from lqec_jax.io.sources.chat import read_template, render_chat
 from lqec_jax.io.sources.sentencepiece import read_normalizer
+from lqec_jax.models.raw_config import Section
 
+GENERATION = "generation_config.json"
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,6 +32,7 @@ FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    GENERATION,
 )
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -48,8 +49,10 @@ class _Backend(NamedTuple):
 class Tokenizer:
     """A tokenizer and what the folder says about its special tokens.
 
-    `bos_id` and `eos_id` are None where the tokenizer has none. `vocab_size` is the number of ids:
-    the largest id, added tokens included, plus one; the model's own table may be longer.
+    `bos_id` and `eos_id` are None where the tokenizer has none. `end_ids` are all that the folder
+    names as ending a text: the tokenizer's, config.json's and generation_config.json's.
+    `vocab_size` is the number of ids: the largest id, added tokens included, plus one; the model's
+    own table may be longer.
 
     Example:
       >>> tokenizer = Tokenizer.load("models/babyllama")
@@ -60,6 +63,7 @@ class Tokenizer:
     folder: Path
     bos_id: int | None
     eos_id: int | None
+    end_ids: frozenset[int]
     vocab_size: int
     special_tokens: dict[str, str] = field(repr=False)  # role, as in bos_token -> its string
     _encode: Callable[[str], list[int]] = field(repr=False)
@@ -78,10 +82,12 @@ class Tokenizer:
         folder = Path(folder)
         backend = _open(folder)
         named = _special_tokens(folder)
+        eos_id = _special_id(folder, "eos_token", named, backend.vocabulary)
         return cls(
             folder=folder,
             bos_id=_special_id(folder, "bos_token", named, backend.vocabulary),
-            eos_id=_special_id(folder, "eos_token", named, backend.vocabulary),
+            eos_id=eos_id,
+            end_ids=_end_ids(folder) | ({eos_id} - {None}),
             vocab_size=max(backend.vocabulary.values(), default=-1) + 1,
             special_tokens={role: token for role, token in named.items() if token is not None},
             _encode=backend.encode,
@@ -89,21 +95,28 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Returns the ids of one text; with `bos`, the BOS id first.
+        """Returns the ids of one text; with `bos`, the BOS id first, once, the text's own or not.
 
         Raises:
-          InputError: `bos` is asked of a tokenizer that has none.
+          InputError: `bos` is asked of a tokenizer that has none; the text is no Unicode.
         """
         if bos and self.bos_id is None:
             raise InputError(f"{self.folder}: its tokenizer has no BOS token; encode without bos")
-        return [self.bos_id] * bos + self._encode(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:  # of a terminal, of a template; no tokenizer takes it
+            raise InputError(
+                f"the text holds half a surrogate pair at character {err.start}; give UTF-8"
+            ) from err
+        ids = self._encode(text)
+        return [self.bos_id, *dropwhile(self.bos_id.__eq__, ids)] if bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`, special tokens left out."""
         return self._decode([int(i) for i in ids])
 
     def files(self) -> list[Path]:
-        """Returns the tokenizer's files in the folder, the ones an artifact needs a copy of."""
+        """Returns what is beside the weights in the folder, the files an artifact has a copy of."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> str:
@@ -113,8 +126,8 @@ class Tokenizer:
           messages: `{"role": ..., "content": ...}` in order.
           reply: ends with the opening of the assistant's next turn.
         Raises:
-          InputError: the folder has no template; a message lacks role or content; the template is
-            damaged or refuses the conversation.
+          InputError: the folder has no template; a message lacks role or content; whatever
+            `chat.render_chat` refuses.
         """
         for number, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -122,21 +135,19 @@ class Tokenizer:
                     f"message {number} is {str(message)[:80]!r}; wanted an object with role and "
                     "content"
                 )
-        template = _chat_template(self.folder)
         values = {"add_generation_prompt": reply, "tools": None, "documents": None}
-        try:
-            compiled = _chat_environment().from_string(template)
-            return compiled.render(messages=list(messages), **values, **self.special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as err:
-            raise InputError(
-                f"{self.folder}: its chat template refused the conversation ({_one_line(err)}); "
-                "change the messages or the template"
-            ) from err
+        values |= {"messages": list(messages)} | self.special_tokens
+        return render_chat(_chat_template(self.folder), values, self.folder)
 
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Says whether a folder has a tokenizer of any kind."""
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """Opens a folder's tokenizer; None where it has none."""
+    return Tokenizer.load(folder) if has_tokenizer(folder) else None
 
 
 def _one_line(err: Exception) -> str:
@@ -230,54 +241,32 @@ def _special_id(folder: Path, role: str, named: Mapping, vocabulary: Mapping) ->
                 "tokenizer_config.json"
             )
         return None if token is None else vocabulary[token]
-    config = folder / "config.json"
-    value = read_json(config).get(f"{role}_id") if config.is_file() else None
+    value = _read_section(folder / "config.json").values.get(f"{role}_id")
     first = value[0] if isinstance(value, list) and value else value
-    return first if type(first) is int else None
+    return first if type(first) is int and 0 <= first < 2**31 else None
+
+
+def _end_ids(folder: Path) -> frozenset[int]:
+    names = ("config.json", GENERATION)
+    return frozenset().union(*(_read_section(folder / name).ids("eos_token_id") for name in names))
+
+
+def _read_section(path: Path) -> Section:
+    return Section(read_json(path) if path.is_file() else {}, file=str(path))
 
 
 def _chat_template(folder: Path) -> str:
     """Returns the template text: a file of its own, or a field of tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_template(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         raw = read_json(folder / name) if (folder / name).is_file() else {}
         template = raw.get("chat_template")
         if isinstance(template, list):
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+            named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+            template = next(named, {}).get("template")
         if isinstance(template, str):
             return template
     raise InputError(
         f"{folder} has no chat template (a base model has none); give the prompt as plain text"
     )
-
-
-class _Generation(Extension):
-    """Renders as its body `{% generation %}`, which marks the assistant's words for training."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _dump(value: Any, indent: int | None = None) -> str:
-    # jinja's own tojson escapes HTML, which no chat model was trained on.
-    return json.dumps(value, indent=indent, ensure_ascii=False)
-
-
-def _chat_environment() -> ImmutableSandboxedEnvironment:
-    """Returns the environment chat templates are written for; sandboxed, they are downloads."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _dump
-    environment.globals["raise_exception"] = _refuse
-    return environment

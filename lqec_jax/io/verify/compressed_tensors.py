@@ -10,8 +10,8 @@ import numpy as np
 
 from lqec_jax.errors import InputError
 from lqec_jax.io.sources.hf import Checkpoint
-from lqec_jax.io.verify import dense as hf
 from lqec_jax.io.verify.bits import read_codes
+from lqec_jax.io.verify.dense import read_beside
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
@@ -26,7 +26,7 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     def open_packed(module: str) -> Callable[[], np.ndarray]:
         return partial(_read, checkpoint, module, _find_scheme(folder, said, module))
 
-    return hf.read_beside(checkpoint, PARTS, open_packed)
+    return read_beside(checkpoint, PARTS, open_packed)
 
 
 def _find_scheme(folder: Path, said: Mapping[str, Any], module: str) -> Mapping[str, Any]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lqec_jax.core.sites import kernel_path
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import Checkpoint, read_json
+from lqec_jax.io.files import read_json
+from lqec_jax.io.sources.hf import Checkpoint
 from lqec_jax.io.verify import operators
 
 PARTS = ("base", "corrections", "input_transform", "output_transform")
@@ -23,7 +25,7 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     checkpoint = Checkpoint.open(folder)
     weights = read_json(folder / "flax_weights.json")
     found: dict[str, Callable] = {
-        f"{path}/kernel": partial(_read_packed, checkpoint, path, said)
+        kernel_path(path): partial(_read_packed, checkpoint, path, said)
         for path, said in weights.items()
     }
     for name in checkpoint.names():
@@ -32,13 +34,28 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     return _unstack(checkpoint, found)
 
 
+def read_inputs(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Returns the path of each weight that rounds what it reads, blocks one by one, -> how."""
+    found = {
+        kernel_path(path): partial(_read_grid, said["input_grid"])
+        for path, said in read_json(folder / "flax_weights.json").items()
+        if "input_grid" in said
+    }
+    return {path: read() for path, read in _unstack(Checkpoint.open(folder), found).items()}
+
+
+def _read_grid(said: Mapping[str, Any], layer: Any) -> Mapping[str, Any]:
+    return said
+
+
 def _unstack(checkpoint: Checkpoint, found: Mapping[str, Callable]) -> dict[str, Callable]:
     """Renames 'blocks/<segment>/...' by the number of the block, over all segments."""
     first, named = 0, {}
-    segments = sorted({int(path.split("/")[1]) for path in found if path.startswith("blocks/")})
+    stacked = [name for name in checkpoint.names() if name.startswith("blocks/")]
+    segments = sorted({int(name.split("/")[1]) for name in stacked})
     for segment in segments:
         inside = [path for path in found if path.startswith(f"blocks/{segment}/")]
-        layers = {checkpoint.shape(name)[0] for name in checkpoint.names()
+        layers = {checkpoint.shape(name)[0] for name in stacked
                   if name.startswith(f"blocks/{segment}/")}  # fmt: skip
         if len(layers) != 1:
             raise InputError(f"{checkpoint.folder}: segment {segment} stacks {sorted(layers)}")

@@ -9,8 +9,8 @@ import numpy as np
 
 from lqec_jax.errors import InputError
 from lqec_jax.io.sources.hf import Checkpoint
-from lqec_jax.io.verify import dense as hf
 from lqec_jax.io.verify.bits import read_codes
+from lqec_jax.io.verify.dense import read_beside
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 STORED_LESS = {"gptq": 1, "gptq_v2": 0}  # by how much a stored zero is too small
@@ -22,7 +22,7 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     said = checkpoint.config.get("quantization_config", {})
     if said.get("quant_method") != "gptq" or said.get("checkpoint_format") not in STORED_LESS:
         raise InputError(f"{folder}/config.json: its quantization_config is not gptq's")
-    return hf.read_beside(checkpoint, PARTS, lambda m: partial(_read, checkpoint, m, said))
+    return read_beside(checkpoint, PARTS, lambda m: partial(_read, checkpoint, m, said))
 
 
 def _read(checkpoint: Checkpoint, module: str, said: Mapping[str, Any]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.files import read_json
 from lqec_jax.io.tensor_file import TensorEntry, read_entry, read_header
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")

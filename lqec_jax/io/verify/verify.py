@@ -1,11 +1,11 @@
 """Checks an export: its files, every weight that they stand for, and the logits these give.
 
-The folder is read by `io.readers`, which share nothing with the writers, and compared block by
-block with the model it was written from; two blocks are held dense at a time.
+The folder is read by its format's reader in this room, which shares nothing with the writer, and
+compared block by block with the model it was written from; two blocks are held dense at a time.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -16,29 +16,26 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from lqec_jax.core.tree import get_at, is_compressed, set_at
+from lqec_jax.core.tree import (
+    drop_corrections,
+    drop_input_grids,
+    each_block,
+    get_at,
+    is_compressed,
+    set_at,
+)
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.errors import CheckFailed, InputError
 from lqec_jax.io.artifact.leaves import flatten
-from lqec_jax.io.base import drop_corrections, drop_input_grids, each_block, hash_base
-from lqec_jax.io.exports.dense import to_dense
-from lqec_jax.io.exports.export import find_files, read_record
-from lqec_jax.io.sources.hf import read_json
+from lqec_jax.io.exports.record import find_files, hash_base, read_record
+from lqec_jax.io.exports.table import FORMATS
+from lqec_jax.io.exports.walk import to_dense
+from lqec_jax.io.files import read_json
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
 from lqec_jax.models.parameters import with_constants
-from lqec_kernels.adapters import QuantizedLowRank
 
-# `read(folder, record) -> {name: thunk}`: what a folder holds, as functions that give one float32
-# array each; names and orientation are the checkpoint's, [d_out, d_in], but for `flax` ours.
-READERS = {
-    "hf": "lqec_jax.io.verify.dense",
-    "peft": "lqec_jax.io.verify.peft",
-    "gptq": "lqec_jax.io.verify.gptq",
-    "compressed-tensors": "lqec_jax.io.verify.compressed_tensors",
-    "flax": "lqec_jax.io.verify.flax",
-}
 TOKENS = (2, 64)  # windows and their length, of ids drawn with seed 0
 # Of a weight's size: sums of float32 in another order; both factors of a product rounded.
 EXACT = 1e-6
@@ -73,7 +70,8 @@ def verify_export(folder: str | Path, model: Model) -> Verified:
     """Compares an export with the model it was written from.
 
     Weights must agree to the rounding of the export's dtype, elementwise; logits to 1e-4 of the
-    largest one, or to 16 roundings of a narrower dtype.
+    largest one, or to 16 roundings of a narrower dtype. Logits are of inputs that no weight rounds;
+    how weights round them is compared apart, where the format says it.
 
     Raises:
       CheckFailed: files, weights or logits differ; names which and by how much.
@@ -104,9 +102,13 @@ def _compare(folder: Path, record: Mapping[str, Any], model: Model) -> tuple[Ver
         raise InputError("it was exported from another model than the one it is compared with")
     if record.get("base_only"):
         model = replace(model, params=drop_corrections(model.params))
-    if record.get("exact_inputs"):
-        model = replace(model, params=drop_input_grids(model.params))
-    if record["format"] != "peft":
+    row = FORMATS[record["format"]]
+    faults = []
+    if "inputs" in row.holds and not record.get("exact_inputs"):
+        faults += _compare_inputs(import_module(row.reader).read_inputs(folder), model)
+    # What is read are matrices: both sides run with inputs as they come.
+    model = replace(model, params=drop_input_grids(model.params))
+    if "base" in row.holds:
         _check_config(folder, model.config)
     found = open_weights(folder, record, model)
     rounding = _rounding(record)
@@ -118,12 +120,26 @@ def _compare(folder: Path, record: Mapping[str, Any], model: Model) -> tuple[Ver
     largest = float(np.abs(want).max())
     difference = float(np.abs(want - got).max())
     limit = max(LOGITS, LOGIT_ROUNDINGS * rounding) * max(1.0, largest)
-    faults = comparison.faults[:1]
+    faults += comparison.faults[:1]
     if not difference <= limit:
         faults.append(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
     measured = Verified(folder, record["format"], comparison.count, comparison.worst,
                         comparison.worst_path, difference, largest)  # fmt: skip
     return measured, faults
+
+
+def _compare_inputs(found: Mapping[str, Mapping[str, Any]], model: Model) -> list[str]:
+    """Returns the first weight that rounds what it reads otherwise than the model's, in words."""
+    wanted = {
+        path: asdict(weight.input_grid)
+        for path, weight in _each_weight(model)
+        if is_compressed(weight) and weight.input_grid is not None
+    }
+    other = (p for p in sorted({*found, *wanted}) if found.get(p) != wanted.get(p))
+    return [
+        f"{path} rounds its inputs by {found.get(path)}, not {wanted.get(path)}"
+        for path in list(other)[:1]
+    ]
 
 
 class _Comparison:
@@ -167,9 +183,8 @@ def _dense_and_size(want: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _size(correction: Any) -> jax.Array:
-    if isinstance(correction, QuantizedLowRank):
-        correction = correction.factors()
-    return jax.tree.map(jnp.abs, correction).dense()
+    factors = correction.factors()
+    return jax.tree.map(jnp.abs, correction if factors is None else factors).dense()
 
 
 def _run_both(model: Model, comparison: _Comparison) -> tuple[np.ndarray, np.ndarray]:
@@ -199,8 +214,9 @@ def _jitted(fns: ModelFns) -> tuple[Callable, Callable]:
 
 def open_weights(folder: Path, record: Mapping[str, Any], model: Model) -> Found:
     """Returns what reads each parameter of an export, by our path and in our orientation."""
-    found = import_module(READERS[record["format"]]).read(folder, record)
-    if record["format"] == "flax":
+    row = FORMATS[record["format"]]
+    found = import_module(row.reader).read(folder, record)
+    if row.names == "ours":
         constants = flatten(with_constants(model.config, 0, {}))[0]
         return {
             p: t for p, t in found.items() if p.split("/", 2)[-1].replace("/", ".") not in constants
@@ -210,7 +226,7 @@ def open_weights(folder: Path, record: Mapping[str, Any], model: Model) -> Found
     if strange:
         raise InputError(f"it holds {len(strange)} tensors of no weight: {strange[0]}")
     named = {places[name][0]: partial(_turn, t, places[name][1]) for name, t in found.items()}
-    if record["format"] != "peft":
+    if "base" in row.holds:
         return named
     base = _open_base(record, model)
     return base | {path: partial(_add, base[path], thunk) for path, thunk in named.items()}
@@ -224,13 +240,18 @@ def _open_base(record: Mapping[str, Any], model: Model) -> Found:
         if inner["base_sha256"] != record["base_sha256"]:
             raise InputError(f"its base {folder} was exported from another model")
         return open_weights(folder, inner, model)
-    params = drop_corrections(model.params)
+    bare = replace(model, params=drop_corrections(model.params))
+    return {path: partial(_dense, weight) for path, weight in _each_weight(bare)}
+
+
+def _each_weight(model: Model) -> Iterator[tuple[str, Any]]:
+    """Yields each parameter of a model by its path, blocks one by one."""
     family = families.family(model.config.family)
-    found = {p: partial(_dense, get_at(params, p)) for p in family.outer_tensors(model.config)}
-    for layer, block in enumerate(each_block(params)):
+    for path in family.outer_tensors(model.config):
+        yield path, get_at(model.params, path)
+    for layer, block in enumerate(each_block(model.params)):
         for path in family.block_tensors(model.config):
-            found[f"blocks/{layer}/{path}"] = partial(_dense, get_at(block, path))
-    return found
+            yield f"blocks/{layer}/{path}", get_at(block, path)
 
 
 def _places(config: ModelConfig) -> dict[str, tuple[str, bool]]:

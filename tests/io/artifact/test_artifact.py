@@ -11,18 +11,16 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.core.tree import set_at
 from lqec_jax.errors import InputError
+from lqec_jax.io import tensor_file
 from lqec_jax.io.artifact import artifact
 from lqec_jax.io.artifact.artifact import (
-    CARD,
     META,
-    PAGE,
     REPORT,
     is_artifact,
     load_artifact,
     save_artifact,
 )
-from lqec_jax.io.sources.hf import INDEX, SINGLE
-from lqec_jax.io.tensor_file import read_header
+from lqec_jax.io.tensor_file import INDEX, SINGLE, read_header
 from lqec_jax.models.families import family, read_config
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine, CompressedLinear, LowRank
@@ -32,6 +30,7 @@ from tests.golden.tiny_checkpoint import hash_folder
 RAW = {**tiny_checkpoint.RAW, "num_hidden_layers": 3, "num_key_value_heads": 4,
        "tie_word_embeddings": True}  # fmt: skip
 CONFIG = read_config(RAW)
+PAGES = {"page.html": "<p>", "README.md": "# é\n"}
 TOKENS = np.arange(16).reshape(1, 16)
 
 
@@ -70,7 +69,7 @@ def make_segment(rng, layers, bits):
 
 @pytest.fixture
 def folder(model, tmp_path):
-    return save_artifact(model, tmp_path / "out")
+    return save_artifact(model, tmp_path / "out", PAGES)
 
 
 def refusal(call, *arguments, **named):
@@ -95,9 +94,10 @@ def test_reading_and_writing_again_gives_the_same_bytes_and_logits(model, folder
     for a, b in zip(jax.tree.leaves(came.params), jax.tree.leaves(model.params), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    save_artifact(came, tmp_path / "deeper" / "again")
+    save_artifact(came, tmp_path / "deeper" / "again", PAGES)
     assert hash_folder(tmp_path / "deeper" / "again") == hash_folder(folder)
-    assert set(hash_folder(folder)) == {"config.json", META, REPORT, PAGE, CARD, SINGLE}
+    assert set(hash_folder(folder)) == {"config.json", META, REPORT, SINGLE, *PAGES}
+    assert {name: (folder / name).read_text("utf-8") for name in PAGES} == PAGES
     np.testing.assert_array_equal(lqec.logits(came, TOKENS), lqec.logits(model, TOKENS))
 
 
@@ -121,8 +121,8 @@ def test_codes_stay_packed_on_disk(model, folder):
 
 
 def test_large_weights_are_cut_into_shards_with_an_index(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "SHARD_BYTES", 6000)
-    sharded = save_artifact(model, tmp_path / "sharded")
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 6000)
+    sharded = save_artifact(model, tmp_path / "sharded", PAGES)
     assert not (sharded / SINGLE).exists()
     index = json.loads((sharded / INDEX).read_text())["weight_map"]
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))
@@ -142,7 +142,7 @@ def test_large_weights_are_cut_into_shards_with_an_index(model, folder, tmp_path
     came = load_artifact(sharded)
     for a, b in zip(jax.tree.leaves(came.params), jax.tree.leaves(model.params), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert hash_folder(save_artifact(came, tmp_path / "again")) == hash_folder(sharded)
+    assert hash_folder(save_artifact(came, tmp_path / "again", PAGES)) == hash_folder(sharded)
 
 
 def test_the_tokenizers_files_are_copied_as_they_are(model, tmp_path):
@@ -151,16 +151,16 @@ def test_the_tokenizers_files_are_copied_as_they_are(model, tmp_path):
     (source / "tokenizer_config.json").write_bytes(b'{"a":\r\n1}')
     files = [source / "tokenizer_config.json"]
     named = Model(CONFIG, model.params, RAW, SimpleNamespace(files=lambda: files))
-    folder = save_artifact(named, tmp_path / "out")
+    folder = save_artifact(named, tmp_path / "out", PAGES)
     assert (folder / "tokenizer_config.json").read_bytes() == files[0].read_bytes()
 
 
 def test_an_artifact_is_not_replaced_unasked(model, folder):
     before = hash_folder(folder.parent)
     other = Model(CONFIG, model.params, RAW, recipe="other")
-    assert "--overwrite" in refusal(save_artifact, other, folder)
+    assert "--overwrite" in refusal(save_artifact, other, folder, PAGES)
     assert hash_folder(folder.parent) == before
-    save_artifact(other, folder, overwrite=True)
+    save_artifact(other, folder, PAGES, overwrite=True)
     assert load_artifact(folder).recipe == "other"
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
@@ -172,10 +172,10 @@ def test_what_is_no_artifact_is_never_replaced(model, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     before = hash_folder(tmp_path)
     for name in ("home", "file", "dangling"):
-        said = refusal(save_artifact, model, tmp_path / name, overwrite=True)
+        said = refusal(save_artifact, model, tmp_path / name, PAGES, overwrite=True)
         assert "exists and is no lqec artifact" in said
     assert "is no folder that you may write to" in refusal(
-        save_artifact, model, tmp_path / "file" / "out"
+        save_artifact, model, tmp_path / "file" / "out", PAGES
     )
     assert hash_folder(tmp_path) == before
 
@@ -187,7 +187,7 @@ def test_a_failure_while_writing_leaves_the_old_folder_and_nothing_else(model, f
     before = hash_folder(folder.parent)
     monkeypatch.setattr(artifact, "write_json", fail)
     with pytest.raises(OSError, match="no space left"):
-        save_artifact(model, folder, overwrite=True)
+        save_artifact(model, folder, PAGES, overwrite=True)
     assert hash_folder(folder.parent) == before
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 

@@ -12,8 +12,8 @@ import lqec_jax as lqec
 from lqec_jax.core.tree import set_at
 from lqec_jax.errors import InputError
 from lqec_jax.io.exports.compressed_tensors import pack_linear
-from lqec_jax.io.exports.dense import to_dense
 from lqec_jax.io.exports.export import export_model
+from lqec_jax.io.exports.walk import to_dense
 from lqec_jax.io.verify import compressed_tensors as reader
 from lqec_kernels.formats import Affine
 from tests.golden.tiny_checkpoint import write_checkpoint

@@ -1,10 +1,8 @@
 """A packed model as a plain linen module: here, in a new process, and through nnx."""
 
-import json
 import subprocess
 import sys
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
 from lqec_jax.io.exports.export import export_model
-from lqec_jax.io.exports.flax import load, read_msgpack
+from lqec_jax.io.exports.flax import load
 from tests.io.packed_models import make_model
 
 TOKENS = np.arange(32).reshape(2, 16)
@@ -21,9 +19,9 @@ APPLY = """
 import sys
 import jax
 import numpy as np
-import lqec_jax.io.exports.flax
+import lqec_jax
 folder, out = sys.argv[1:]
-module, params = lqec_jax.io.exports.flax.load(folder)
+module, params = lqec_jax.load_flax(folder)
 tokens = np.arange(32).reshape(2, 16)
 np.save(out, jax.jit(module.apply)({"params": params}, tokens))
 """
@@ -107,25 +105,3 @@ def test_another_folder_is_refused(model, tmp_path):
     folder = export_model(model, tmp_path / "out", "hf").folder
     with pytest.raises(InputError, match="no flax export"):
         load(folder)
-
-
-def test_msgpack_is_read_by_path(tmp_path):
-    tree = {"model": {"a": np.ones((2, 3), np.float32)}, "b": jnp.ones(2, jnp.bfloat16)}
-    path = tmp_path / "flax_model.msgpack"
-    path.write_bytes(flax.serialization.to_bytes(tree))
-    found = read_msgpack(path)
-    assert {name: (a.shape, str(a.dtype)) for name, a in found.items()} == {
-        "model/a": ((2, 3), "float32"),
-        "b": ((2,), "bfloat16"),
-    }
-
-
-def test_damaged_msgpack_is_named(tmp_path):
-    path = tmp_path / "flax_model.msgpack"
-    whole = flax.serialization.to_bytes({"a": np.ones(100)})
-    for damaged in (whole[:200], b"\xc1\xc1", b"", json.dumps({}).encode(),
-                    flax.serialization.to_bytes(np.ones(3))):  # fmt: skip
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="flax_model.msgpack") as said:
-            read_msgpack(path)
-        assert "\n" not in str(said.value)

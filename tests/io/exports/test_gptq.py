@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import to_dense
 from lqec_jax.io.exports.export import export_model
 from lqec_jax.io.exports.gptq import CONFIG, pack_linear
+from lqec_jax.io.exports.walk import to_dense
 from lqec_jax.io.verify import gptq as reader
 from lqec_kernels.formats import Affine
 from tests.io.packed_models import make_model

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed
 from lqec_jax.io.exports.integer_weights import (
     as_words,
     is_packed,
@@ -15,6 +14,7 @@ from lqec_jax.io.exports.integer_weights import (
     read_affine,
     read_zeros,
 )
+from lqec_jax.io.exports.walk import Placed
 from lqec_jax.models.families import StoredTensor
 from lqec_kernels.formats import ChannelScale, CompressedLinear, Dense
 from tests.io.packed_models import make_leaf

@@ -13,7 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
-from lqec_jax.io.sources.flax import MSGPACK, MSGPACK_INDEX, from_flax, is_flax_checkpoint
+from lqec_jax.io.sources.flax import (
+    MSGPACK,
+    MSGPACK_INDEX,
+    from_flax,
+    is_flax_checkpoint,
+    read_msgpack,
+)
 from lqec_jax.runs.job import prepare
 from tests.golden.tiny_checkpoint import RAW, SEQLEN, make_tokens, write_checkpoint
 from tests.golden.tiny_weights import make_weights
@@ -91,8 +97,26 @@ def test_shards_are_joined(wanted, tmp_path):
         index |= {key: name for key, _ in part}
     (folder / MSGPACK_INDEX).write_text(json.dumps({"weight_map": index}))
     assert equal(lqec.load(folder).params, wanted.params)
+    # In two shards: one value, or refused by name.
+    for value, message in ((flat[0][1], None), (flat[0][1] + 1, "different values")):
+        tree = unflatten_dict(dict(part) | {flat[0][0]: value}, sep="/")
+        (folder / name).write_bytes(flax.serialization.to_bytes(tree))
+        if message is None:
+            assert equal(lqec.load(folder).params, wanted.params)
+        else:
+            with pytest.raises(InputError, match=f"{flat[0][0]}' lies in an earlier .*{message}"):
+                lqec.load(folder)
     (folder / name).unlink()
     with pytest.raises(InputError, match="00002-of-00002.msgpack missing"):
+        lqec.load(folder)
+
+
+@pytest.mark.parametrize("shards", [{}, 3, {"a": "../x.msgpack"}, {"a": 3}, {"a": "/x.msgpack"}])
+def test_an_index_names_files_of_its_folder(tmp_path, shards):
+    folder = write_flax(tmp_path / "flax", {})
+    (folder / MSGPACK).unlink()
+    (folder / MSGPACK_INDEX).write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(InputError, match="wanted files in this folder"):
         lqec.load(folder)
 
 
@@ -106,7 +130,7 @@ def test_such_a_folder_is_compressed_like_any_other(wanted, tmp_path):
     folder = write_flax(tmp_path / "flax", make_tree())
     recipe, tokens = "rtn(bits=4, group_size=16)", make_tokens(4)
     job, like = (prepare(source, recipe, tokens, seqlen=SEQLEN) for source in (folder, wanted))
-    assert equal(job.source.block(1), like.source.block(1)) and job.folder == folder
+    assert equal(job.source.block(1), like.source.block(1)) and job.source.folder == folder
     assert job.fingerprint["calibration"] == like.fingerprint["calibration"]
 
 
@@ -178,3 +202,25 @@ def test_what_does_not_fit_is_named(path, value, why):
     with pytest.raises(InputError, match=why) as said:
         from_flax(CONFIG, tree)
     assert "\n" not in str(said.value)
+
+
+def test_msgpack_is_read_by_path(tmp_path):
+    tree = {"model": {"a": np.ones((2, 3), np.float32)}, "b": jnp.ones(2, jnp.bfloat16)}
+    path = tmp_path / "flax_model.msgpack"
+    path.write_bytes(flax.serialization.to_bytes(tree))
+    found = read_msgpack(path)
+    assert {name: (a.shape, str(a.dtype)) for name, a in found.items()} == {
+        "model/a": ((2, 3), "float32"),
+        "b": ((2,), "bfloat16"),
+    }
+
+
+def test_damaged_msgpack_is_named(tmp_path):
+    path = tmp_path / "flax_model.msgpack"
+    whole = flax.serialization.to_bytes({"a": np.ones(100)})
+    for damaged in (whole[:200], b"\xc1\xc1", b"", json.dumps({}).encode(),
+                    flax.serialization.to_bytes(np.ones(3))):  # fmt: skip
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="flax_model.msgpack") as said:
+            read_msgpack(path)
+        assert "\n" not in str(said.value)

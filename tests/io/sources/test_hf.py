@@ -1,5 +1,6 @@
 """Hugging Face folders: what is read, what it costs, and one line for every way they are broken."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -7,14 +8,15 @@ import tracemalloc
 import types
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from lqec_jax.errors import InputError, MissingExtra
-from lqec_jax.io.sources.hf import Checkpoint, check_tensors, read_block, read_json, read_outer
-from lqec_jax.models.families import family
+from lqec_jax.io.sources.hf import Checkpoint, check_tensors, read_block, read_outer
+from lqec_jax.models.families import Fused, family
 
 CONFIG = {
     "model_type": "llama",
@@ -80,36 +82,6 @@ def refusal(call, *args):
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# --- read_json
-
-
-def test_read_json_returns_the_object(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": [1, {"b": "é"}]}', encoding="utf-8")
-    assert read_json(tmp_path / "a.json") == {"a": [1, {"b": "é"}]}
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{"a": 1,\n "b": [2,\n', "line 3: not JSON"),
-        (b'{"a": 1\n "b": 2}', "line 2: not JSON"),
-        (b"", "line 1: not JSON"),
-        (b"[1, 2]", "line 1: holds a list, wanted an object"),
-        (b'{"a":\n"\xff"}', "line 2: not UTF-8"),
-    ],
-)
-def test_read_json_names_file_and_line(tmp_path, content, said):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    message = refusal(read_json, path)
-    assert said in message and str(path) in message
-
-
-def test_read_json_missing_or_a_folder(tmp_path):
-    assert "is missing" in refusal(read_json, tmp_path / "no.json")
-    assert "cannot be read" in refusal(read_json, tmp_path)
 
 
 # --- opening
@@ -282,6 +254,42 @@ def test_a_block_is_transposed_into_our_orientation(tmp_path):
         block["mlp_norm"]["scale"], arrays[f"{at}.post_attention_layernorm.weight"]
     )
     assert all(leaf["kernel"].flags.c_contiguous for leaf in block["attn"].values())
+
+
+def fused(*linears):
+    """Returns a family's line for several linears that the checkpoint keeps as one."""
+    name = "model.layers.{layer}." + "_".join(path.replace("/", "_") for path in linears)
+    return dict.fromkeys(linears, Fused(name, linears))
+
+
+def test_a_stored_tensor_may_be_several_linears(tmp_path):
+    arrays = weights()
+    wanted = read_block(*open_model(write_folder(tmp_path / "apart", arrays)), 1, np.float16)
+    lines = fused("attn/q", "attn/k", "attn/v") | fused("mlp/up", "mlp/gate")
+    names = {path: LLAMA.names[path] + ".weight" for path in lines}
+    for layer in range(2):
+        for line in dict.fromkeys(lines.values()):
+            parts = [arrays.pop(names[path].format(layer=layer)) for path in line.linears]
+            arrays[line.name.format(layer=layer) + ".weight"] = np.concatenate(parts)
+    checkpoint, _, config = open_model(write_folder(tmp_path / "fused", arrays))
+    family = dataclasses.replace(LLAMA, names={**LLAMA.names, **lines})
+    check_tensors(checkpoint, family, config)
+    came = read_block(checkpoint, family, config, 1, np.float16)
+    jax.tree.map(np.testing.assert_array_equal, came, wanted)
+    assert jax.tree.structure(came) == jax.tree.structure(wanted)
+    shapes = {p: stored.inner_shape for p, stored in family.block_tensors(config).items()}
+    assert shapes == family.block_shapes(config)
+
+
+def test_a_fused_tensor_of_another_width_or_none_is_named_once(tmp_path):
+    family = dataclasses.replace(LLAMA, names={**LLAMA.names, **fused("attn/q", "attn/k")})
+    checkpoint, _, config = open_model(write_folder(tmp_path / "m", weights()))
+    message = refusal(read_block, checkpoint, family, config, 0, np.float32)
+    assert "1 tensor missing: 'model.layers.0.attn_q_attn_k.weight'" in message
+    arrays = weights() | {"model.layers.0.attn_q_attn_k.weight": np.ones((11, 8), np.float32)}
+    checkpoint = open_model(write_folder(tmp_path / "n", arrays))[0]
+    message = refusal(read_block, checkpoint, family, config, 0, np.float32)
+    assert "is [11, 8], config.json asks for [12, 8]" in message
 
 
 def test_outer_has_embedding_norm_and_head(tmp_path):

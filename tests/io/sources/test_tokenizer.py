@@ -55,6 +55,9 @@ def test_no_special_token_is_added_unasked(tmp_path):
     assert tokenizer.encode("a b z") == [3, 4, 0]
     assert tokenizer.encode("a b", bos=True) == [1, 3, 4]
     assert tokenizer.encode("") == [] and tokenizer.encode("", bos=True) == [1]
+    # A text that brings its own gets no second.
+    assert tokenizer.encode("<s> a <s>") == [1, 3, 1]
+    assert tokenizer.encode("<s><s> a <s>", bos=True) == [1, 3, 1]
     assert tokenizer.decode([1, 3, 4, 2]) == "ab"
     assert tokenizer.vocab_size == 6
 
@@ -94,6 +97,31 @@ def test_vocab_size_covers_ids_beyond_a_gap(tmp_path):
 def test_where_bos_and_eos_come_from(tmp_path, tokenizer_config, special_map, config, bos, eos):
     tokenizer = Tokenizer.load(write_folder(tmp_path, tokenizer_config, special_map, config))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+
+
+@pytest.mark.parametrize(
+    ("own", "config", "generation", "ends"),
+    [
+        ({"eos_token": "</s>"}, {"eos_token_id": 4}, {"eos_token_id": [3, 5]}, {2, 3, 4, 5}),
+        ({"eos_token": "</s>"}, None, {"eos_token_id": 5}, {2, 5}),
+        ({"eos_token": None}, {"eos_token_id": [3, 4]}, {"eos_token_id": None}, {3, 4}),
+        (None, {"eos_token_id": -1}, {"max_new_tokens": 3}, set()),
+        (None, None, None, set()),
+    ],
+)
+def test_all_files_say_what_ends_a_text(tmp_path, own, config, generation, ends):
+    folder = write_folder(tmp_path, own, config=config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert Tokenizer.load(folder).end_ids == ends
+
+
+@pytest.mark.parametrize("value", ["2", True, [1, [2]], {"a": 1}, 2.0, 2**31])
+def test_ends_that_are_no_ids_are_refused_by_name(tmp_path, value):
+    for name in ("config.json", "generation_config.json"):
+        folder = write_folder(tmp_path / name)
+        (folder / name).write_text(json.dumps({"eos_token_id": value}))
+        assert f"{folder / name}: eos_token_id is" in refusal(Tokenizer.load, folder)
 
 
 def test_bos_that_is_not_there(tmp_path):
@@ -212,6 +240,13 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, said):
     tokenizer = Tokenizer.load(write_folder(tmp_path, {"chat_template": template}))
     message = refusal(tokenizer.chat, [{"role": "user", "content": "a"}])
     assert said in message and str(tmp_path) in message
+
+
+def test_templates_without_a_name_and_text_that_is_none(tmp_path):
+    named = [{"name": ["default"], "template": "no"}, 3, {"name": "default", "template": "yes"}]
+    tokenizer = Tokenizer.load(write_folder(tmp_path, {"chat_template": named}))
+    assert tokenizer.chat([{"role": "user", "content": "a"}]) == "yes"
+    assert "half a surrogate pair at character 2" in refusal(tokenizer.encode, "a \ud800")
 
 
 def test_no_template_or_no_role(tmp_path):

@@ -70,3 +70,12 @@ def test_an_unknown_part_is_refused(tmp_path):
                  {"corrections": [{"format": "sponge"}]}):  # fmt: skip
         with pytest.raises(InputError, match="is not read here"):
             write(tmp_path, AFFINE | part)
+
+
+def test_input_grids_are_those_of_blocks_counted_over_all_segments(tmp_path):
+    grid = {"kind": "int", "bits": 8, "per": "token"}
+    write(tmp_path)
+    assert flax.read_inputs(tmp_path) == {}
+    weights = {"blocks/1/n": AFFINE | {"input_grid": grid}, "blocks/0/q": AFFINE}
+    (tmp_path / "flax_weights.json").write_text(json.dumps(weights))
+    assert flax.read_inputs(tmp_path) == {"blocks/1/n/kernel": grid, "blocks/2/n/kernel": grid}

@@ -9,10 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lqec_jax as lqec
-from lqec_jax.core.tree import set_at
+from lqec_jax.core.tree import is_compressed, set_at
 from lqec_jax.errors import CheckFailed, InputError
-from lqec_jax.io.exports.export import RECORD, export_model, hash_file
+from lqec_jax.io.exports.export import export_model
+from lqec_jax.io.exports.record import RECORD, hash_file
 from lqec_jax.io.verify.verify import verify_export
+from lqec_kernels.inputs import InputGrid
 from tests.io.packed_models import make_model
 
 WEIGHTS = "model.safetensors"
@@ -171,3 +173,25 @@ def test_the_model_is_the_one_the_export_names(model, other, tmp_path):
     with pytest.raises(InputError, match="exported from memory; give the model"):
         lqec.verify(tmp_path / "memory")
     assert lqec.verify(tmp_path / "memory", artifact).weights == 21
+
+
+def test_how_inputs_are_rounded_is_compared_where_an_export_says_it(model, tmp_path):
+    def rounded(bits):
+        round_inputs = lambda node: replace(node, input_grid=InputGrid("int", bits, "token"))  # noqa: E731
+        params = jax.tree.map(
+            lambda node: round_inputs(node) if is_compressed(node) else node,
+            model.params, is_leaf=is_compressed,
+        )  # fmt: skip
+        return replace(model, params=params)
+
+    eight = rounded(8)
+    packed = export_model(eight, tmp_path / "packed", "flax").folder
+    assert verify_export(packed, eight).logit_difference < 1e-4
+    wanted = (
+        "blocks/0/attn/k/kernel rounds its inputs by {'kind': 'int', 'bits': 8, 'per': 'token'}"
+    )
+    assert f"{wanted}, not None" in failure(packed, model)
+    assert wanted in failure(packed, rounded(4))
+    for format, options in (("flax", {"dense": True}), ("hf", {})):
+        exact = export_model(eight, tmp_path / format, format, **options).folder
+        assert verify_export(exact, eight).logit_difference < 1e-4
