@@ -18,10 +18,15 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 SHARED = Path(__file__).parents[2] / "shared"
 PROGRAMS = Programs()
+# What `pytest` leaves out, and how to run it; --slow runs all.
+NOT_AT_ONCE = {
+    "slow": "minutes on two cores; run with --slow",
+    "thorough": "more cases of a law that quicker tests keep too; run with -m thorough",
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow or thorough")
     parser.addoption("--optimize", action="store_true", help="compile as outside of the tests")
 
 
@@ -50,10 +55,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return
-    skip = pytest.mark.skip(reason="slow: minutes on two cores; run with --slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for name, reason in NOT_AT_ONCE.items():
+        if name in config.getoption("markexpr"):
+            continue
+        skip = pytest.mark.skip(reason=f"{name}: {reason}")
+        for item in items:
+            if name in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.hookimpl(trylast=True)

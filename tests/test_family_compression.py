@@ -61,7 +61,7 @@ def test_a_family_is_compressed_and_read_back(name, tmp_path):
     assert 1e-6 < abs(student / teacher - 1) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rilq_trains_through_softcaps_and_unequal_windows(tmp_path):
     folder, tokens = write(tmp_path / "model", "gemma2/plain"), make_tokens(80)
     recipe = "rtn(bits=3, group_size=16) | rilq(rank=4, updates=30, batch=4, eval_every=10)"

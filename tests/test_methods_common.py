@@ -291,7 +291,7 @@ def test_every_row_is_under_these_laws_or_names_its_test():
 # Run op by op, a variant compiles some twenty programs. Rungs differ by a number alone, and the one
 # in the middle packs codes of three bits.
 RUN_EAGERLY = [f"{name}({variants.rungs[1]})" for name, variants in VARIANTS.items()] + [
-    pytest.param(f"{name}({arguments})", marks=pytest.mark.slow)
+    pytest.param(f"{name}({arguments})", marks=pytest.mark.thorough)
     for name, variants in VARIANTS.items()
     for arguments in variants.others
 ]

@@ -48,7 +48,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Each takes the interpreter seconds to compile.
+QUICK = {"3 bits and an adapter", "4 bits, split"}
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.thorough) for c in CASES]
+)
 def test_interpreted_it_equals_the_reference(case):
     bits, kind, d_in, group, d_out, m, dtype, rank, config = CASES[case]
     base = draw_base(bits, d_in, d_out, group=group, kind=kind)

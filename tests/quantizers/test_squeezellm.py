@@ -143,7 +143,7 @@ def test_a_rotation_mixes_what_fisher_weights_and_outliers_are_of():
     rotation = Hadamard(jnp.zeros(2, jnp.uint32), D_IN, D_IN)
     for arguments, what in (({}, "the Fisher weights"), ({"weights": "ones"}, "outliers")):
         with pytest.raises(InputError, match=f"squeezellm: {what} are of single weights"):
-            squeezellm(**arguments).run(*pose(rotation))
+            jax.eval_shape(squeezellm(**arguments).run, *pose(rotation))
     leaf = jax.eval_shape(squeezellm(weights="ones", outliers=0).run, *pose(rotation))
     assert isinstance(leaf.input_transform, Hadamard)
 

@@ -96,7 +96,7 @@ def scanned_share(of, d: int = 512, tokens: int = 8) -> float:
     return (held(16) - held(8) - 8 * tokens * d * 4) / (8 * d * d * 4)
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_eight_more_blocks_add_little(remat):
     assert 0 < decoder_share(remat, mixed=False) <= BOUND
 
@@ -141,19 +141,22 @@ def test_apiq_holds_less_than_its_block(monkeypatch):
     assert apiq_share() > 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", [True, False])
 def test_eight_more_blocks_of_other_bits_add_little(remat):
     assert 0 < decoder_share(remat, mixed=True) <= BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_dense_product_breaks_the_bound(monkeypatch):
     monkeypatch.setattr(PRODUCT, multiply_densely)
     assert decoder_share(remat=False, mixed=False) > 5 * BOUND
 
 
-@pytest.mark.parametrize(("remat", "order"), [(True, DEFAULT_ORDER), (False, {})])
+@pytest.mark.parametrize(
+    ("remat", "order"),
+    [pytest.param(True, DEFAULT_ORDER, marks=pytest.mark.thorough), (False, {})],
+)
 def test_segments_of_one_block_add_little(remat, order, monkeypatch):
     # Such a segment is no loop to XLA, which then keeps dense copies even where the block is to be
     # recomputed: a checkpoint around the dense product does not help.
@@ -162,7 +165,7 @@ def test_segments_of_one_block_add_little(remat, order, monkeypatch):
     assert plain_share(remat, **order) > 5 * BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_recomputing_segments_of_one_block_saves_their_activations():
     # In the default order it saves nothing: all blocks are recomputed before the first is used.
     config = make_config(2, 64, 128)
