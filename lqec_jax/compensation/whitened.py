@@ -17,7 +17,8 @@ differ in what they take for G:
 Differs from ChengZhang-98/QERA and the others' code: no root and no inverse of G, hence no damping,
 no clamped eigenvalues and no fallback for channels without inputs; factors are balanced, where
 those put all singular values into one; sums are float32 over all tokens, where EoRA's forgets its
-first windows and L2QER takes the largest of the batches' means.
+first windows and L2QER takes the largest of the batches' means; the least saliency is that of the
+inputs that are seen, where SLiM's code counts one that never is as 1.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,7 +7,8 @@ that of the group's range; the zero alternates between the two exact halves of
     e ← shrink_p(w - ŵ, β),   z ← mean(u - (w - e) / s),   β ← κ β
 
 Reference: mobiusml/hqq. Differs: every group keeps the best zero it met, judged as it is stored,
-where the reference stops all groups at once; weights are measured in units of their column's rms,
+where the reference stops all groups at once and keeps the last; β grows, where the reference's
+default loop leaves it (κ = 1); weights are measured in units of their column's rms,
 so that the shrinkage means the same in every layer (in the reference's units weights of a few
 hundredths are never shrunk at all); a range is never so narrow that a float16 zero could not say
 where it lies.
