@@ -13,7 +13,7 @@ from configs.studies.llama_7b import make_params, read_config
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.stepping import step_fns
 from lqec_jax.train.fit import shard_state
-from lqec_jax.train.losses import rilq_terms
+from lqec_jax.train.losses import Discrepancy, ModelLoss, NextToken
 from lqec_jax.train.update import init_state, make_update
 from lqec_kernels import repack, use
 
@@ -74,9 +74,10 @@ def trace_update(mesh: Mesh, layers: int, windows: int, tokens: int) -> Any:
     fns, optimizer = model_fns(config, DTYPE), optax.adam(1e-3)
     params = shape_params(config, repacked=False)
 
+    both = ModelLoss((Discrepancy(0.5), NextToken(0.5)))
+
     def loss(params: Any, batch: Any) -> Any:
-        return rilq_terms(fns, batch["teacher"], params, batch["tokens"], model_weight=0.5,
-                          token_weight=0.5, target="post_norm")  # fmt: skip
+        return both(fns, params, batch)
 
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     shardings, notes = shard_state(fns, params, optimizer, state, mesh)
@@ -84,6 +85,6 @@ def trace_update(mesh: Mesh, layers: int, windows: int, tokens: int) -> Any:
         print(note)
     by_window = NamedSharding(mesh, PartitionSpec("data"))
     batch = {"tokens": jax.ShapeDtypeStruct((windows, tokens), jnp.int32),
-             "teacher": jax.ShapeDtypeStruct((windows, tokens, config.d_model), DTYPE)}  # fmt: skip
+             "answers": jax.ShapeDtypeStruct((windows, tokens, config.d_model), DTYPE)}  # fmt: skip
     update = make_update(loss, optimizer, state_sharding=shardings)
     return update.trace(place(state, shardings), place(batch, by_window))

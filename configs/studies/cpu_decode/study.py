@@ -31,14 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from lqec_jax.train.adapters import make_optimizer
 
 import lqec_jax as lqec
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.stepping import step_fns
+from lqec_jax.train.losses import Discrepancy, ModelLoss, NextToken
+from lqec_jax.train.parts import Adapters
+from lqec_jax.train.rates import make_optimizer
+from lqec_jax.train.steps import Program
 from lqec_jax.train.update import count_parts, init_state, make_update
-from lqec_jax.trainings.rilq import make_objective, rilq
 from lqec_kernels import Affine, CompressedLinear, Dense, packed_matmul, reference, unpack
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -229,11 +231,12 @@ def make_training(model, params) -> tuple[Callable, float]:
     fns = model_fns(model.config, jnp.float32)
     windows = np.random.default_rng(2).integers(0, VOCAB, (2, LENGTH), np.int32)
     teacher = np.zeros((2, LENGTH, WIDTH), np.float32)
-    settings = rilq(updates=100).arguments
-    problem = ModelProblem(fns, params, teacher, windows, windows[:0], jax.random.key(0))
-    objective, optimizer = make_objective(problem, settings), make_optimizer(settings, WIDTH)
-    update = make_update(objective.loss, optimizer, accumulate=count_parts(2, LENGTH))
-    batch = objective.batch(np.arange(2))
+    part, loss = Adapters(), ModelLoss((Discrepancy(0.5), NextToken(0.5)))
+    optimizer = make_optimizer((part,), WIDTH, 100)
+    program = Program(fns, (part,), loss)
+    update = make_update(program, optimizer, accumulate=count_parts(2, LENGTH))
+    problem = ModelProblem(fns, params, Windows(windows, 2), Work(jax.random.key(0)), teacher)
+    batch = loss.prepare("rilq", problem)(np.arange(2))
     held = [init_state(params, optimizer)]
     size = count_megabytes(update.lower(held[0], batch).compile())
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import lqec_jax as lqec
 from lqec_jax.calibration.data import load_tokens
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.evaluate.perplexity import divergence, perplexity
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.recipe import parse_recipe
@@ -63,9 +63,8 @@ class Bench:
         small = lqec.compress(
             shared / "models" / model, base, calib=calib.ravel(), seqlen=SEQLEN, windows=WINDOWS
         )
-        self.problem = ModelProblem(
-            self.fns, small.params, teacher, calib[:TRAIN], calib[TRAIN:], KEY
-        )
+        text, work = Windows(calib, TRAIN), Work(KEY)
+        self.problem = ModelProblem(self.fns, small.params, text, work, teacher)
 
     def score(self, params) -> dict:
         both = (self.fns, self.dense.params), (self.fns, params)

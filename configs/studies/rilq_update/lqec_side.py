@@ -17,15 +17,18 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from lqec_jax.train.adapters import make_optimizer, map_linears
 
 import lqec_jax as lqec
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core import sites
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.evaluate.report import peak_rss_mb
 from lqec_jax.models.decoder import model_fns
+from lqec_jax.train.losses import Discrepancy, ModelLoss, NextToken
+from lqec_jax.train.parts import Adapters
+from lqec_jax.train.rates import Rates, make_optimizer
 from lqec_jax.train.sharding import make_mesh
+from lqec_jax.train.steps import Program
 from lqec_jax.train.update import count_parts, init_state, make_update
-from lqec_jax.trainings.rilq import make_objective
 from lqec_kernels import CompressedLinear, LowRank
 
 WINDOWS_PER_UPDATE = 8
@@ -37,7 +40,7 @@ def draw_adapters(fns, params, rank: int, seed: int):
     rng = np.random.default_rng(seed)
     layers = jax.tree.leaves(params["blocks"][0])[0].shape[0]
     shapes: list[int] = []
-    map_linears(fns, params, lambda leaf, n: shapes.append(leaf.d_in) or leaf)
+    sites.map_model(params, fns.sites, lambda leaf, n: shapes.append(leaf.d_in) or leaf)
     drawn = [[rng.standard_normal((rank, d)) / rank for d in shapes] for _ in range(layers)]
 
     def with_adapter(leaf: CompressedLinear, number: int) -> CompressedLinear:
@@ -45,7 +48,7 @@ def draw_adapters(fns, params, rank: int, seed: int):
         b = np.zeros((layers, rank, leaf.d_out), np.float32)
         return CompressedLinear(leaf.base, (LowRank(a, b),))
 
-    return map_linears(fns, params, with_adapter)
+    return sites.map_model(params, fns.sites, with_adapter)
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -59,10 +62,11 @@ def measure(args: argparse.Namespace) -> dict:
     hidden = jax.jit(lambda params, tokens: fns.hidden(params, tokens)[0])
     teacher = np.concatenate([hidden(dense.params, windows[i : i + 8])
                               for i in range(0, len(windows), 8)])  # fmt: skip
-    settings = {"target": "post_norm", "model_weight": 0.5, "token_weight": 0.5, "alpha": ALPHA,
-                "lr": args.lr, "decay": "constant", "weight_decay": 0.0}  # fmt: skip
-    problem = ModelProblem(fns, params, teacher, windows, windows[:0], jax.random.key(0))
-    objective, optimizer = make_objective(problem, settings), make_optimizer(settings, width=128)
+    part = Adapters(alpha=ALPHA, rates=Rates(args.lr, "constant", weight_decay=0.0))
+    loss = ModelLoss((Discrepancy(0.5), NextToken(0.5)))
+    text, work = Windows(windows, len(windows)), Work(jax.random.key(0))
+    read = loss.prepare("rilq", ModelProblem(fns, params, text, work, teacher))
+    optimizer = make_optimizer((part,), 128, args.updates)
     mesh, placed = make_mesh(data=args.devices), None
     state = init_state(params, optimizer)
     if args.devices > 1:
@@ -70,13 +74,15 @@ def measure(args: argparse.Namespace) -> dict:
         state = jax.device_put(state, placed)
     by_window = NamedSharding(mesh, PartitionSpec("data"))
     parts = args.accumulate or count_parts(WINDOWS_PER_UPDATE, t, args.devices)
-    update = make_update(objective.loss, optimizer, accumulate=parts, state_sharding=placed)
+    update = make_update(
+        Program(fns, (part,), loss), optimizer, accumulate=parts, state_sharding=placed
+    )
     wall, cpu, losses = [], [], []
     batches = len(windows) // WINDOWS_PER_UPDATE
     for i in range(args.updates):
         rows = i % batches * WINDOWS_PER_UPDATE + np.arange(WINDOWS_PER_UPDATE)
         started = time.perf_counter(), time.process_time()
-        state, metrics = update(state, jax.device_put(objective.batch(rows), by_window))
+        state, metrics = update(state, jax.device_put(read(rows), by_window))
         jax.block_until_ready(state)
         wall.append(time.perf_counter() - started[0])
         cpu.append(time.process_time() - started[1])

@@ -14,7 +14,7 @@ from lqec_jax import train
 from lqec_jax.core.clipping import Clipped, start_clips, store_clipped
 from lqec_jax.core.group_grid import make_grid
 from lqec_jax.core.tree import get_at, set_at
-from lqec_jax.core.types import BlockProblem
+from lqec_jax.core.types import BlockProblem, Work
 from lqec_jax.recipe import parse_recipe
 from lqec_kernels.formats import CompressedLinear, Dense, LowRank
 from tests.golden.authors.problems import codes_of, distance
@@ -161,8 +161,8 @@ def test_the_step_ends_as_near_as_theirs_and_by_default_nearer(llama, run, more,
         f"scale_dtype='float32', dtype='float32', {more})"
     )
     (step,) = parse_recipe(recipe).steps
-    problem = BlockProblem(llama.fns, block, dense, h, h, WINDOWS, jax.random.key(0))
-    ours = measure(llama, step.run(problem).block, student, own)
+    problem = BlockProblem(llama.fns, block, dense, h, h, WINDOWS, Work(jax.random.key(0)))
+    ours = measure(llama, step.run(problem).params, student, own)
     if ratio is None:
         assert ours < 0.9 * theirs
     else:

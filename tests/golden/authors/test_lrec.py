@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lqec_jax import losses
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.recipe import parse_recipe
 from tests.golden.authors.tiny_llama import add_adapters, stored_adapters
 
@@ -49,9 +49,11 @@ def test_the_step_takes_the_update_that_their_program_takes(llama, stored):
     )
     (step,) = parse_recipe(recipe).steps
     windows = llama.tokens[:BATCH], llama.tokens[BATCH : 2 * BATCH]
-    teacher, _ = llama.hidden(llama.teacher, np.concatenate(windows))
+    text = Windows(np.concatenate(windows), BATCH)
+    teacher, _ = llama.hidden(llama.teacher, text.tokens)
     student = add_adapters(llama.student, llama.adapters)
-    solution = step.run(ModelProblem(llama.fns, student, teacher, *windows, jax.random.key(0)))
+    work = Work(jax.random.key(0))
+    solution = step.run(ModelProblem(llama.fns, student, text, work, teacher))
     before, after = (point.val_loss for point in solution.history)
     assert after == pytest.approx(stored["losses.f64"][1, 2], rel=2e-5)
     assert after < before

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lqec_jax import losses, train
-from lqec_jax.core.types import ModelProblem
+from lqec_jax.core.types import ModelProblem, Windows, Work
 from lqec_jax.recipe import parse_recipe
 from tests.golden.authors.tiny_llama import FACTOR, LINEARS, add_adapters, stored_adapters
 
@@ -29,11 +29,10 @@ def stored(golden):
 @pytest.fixture(scope="module")
 def loss(llama):
     """Returns a function of adapters as the authors hold them, (A, B), and of a batch."""
+    both = losses.ModelLoss((losses.Discrepancy(0.5), losses.NextToken(0.5)))
 
     def loss(params, batch) -> tuple:
-        student = add_adapters(params["student"], params["adapters"])
-        weights = {"model_weight": 0.5, "token_weight": 0.5, "target": "post_norm"}
-        return losses.rilq_terms(llama.fns, batch["teacher"], student, batch["tokens"], **weights)
+        return both(llama.fns, add_adapters(params["student"], params["adapters"]), batch)
 
     return loss
 
@@ -47,7 +46,7 @@ def update(loss):
 def read(llama):
     """Returns a reader of batches: windows and the teacher's last hidden states after the norm."""
     _, after = llama.hidden(llama.teacher, llama.tokens)
-    return lambda numbers: {"tokens": llama.tokens[numbers], "teacher": after[numbers]}
+    return lambda numbers: {"tokens": llama.tokens[numbers], "answers": after[numbers]}
 
 
 def begin(llama, *, zero: bool = False) -> dict:
@@ -106,9 +105,11 @@ def test_the_step_takes_the_update_that_their_program_takes(llama, stored):
     )
     (step,) = parse_recipe(recipe).steps
     windows = llama.tokens[stored["windows_train"][:BATCH]], llama.tokens[stored["windows_val"]]
-    teacher, _ = llama.hidden(llama.teacher, np.concatenate(windows))
+    text = Windows(np.concatenate(windows), BATCH)
+    teacher, _ = llama.hidden(llama.teacher, text.tokens)
     student = add_adapters(llama.student, llama.adapters)
-    solution = step.run(ModelProblem(llama.fns, student, teacher, *windows, jax.random.key(0)))
+    work = Work(jax.random.key(0))
+    solution = step.run(ModelProblem(llama.fns, student, text, work, teacher))
     came = [point.val_loss for point in solution.history]
     np.testing.assert_allclose(came, stored["val_losses.f64"][:2, 2], rtol=2e-5)
     assert solution.best_update == 1
