@@ -40,6 +40,7 @@ METHODS = {
     "wanda": Method("lqec_jax.sparsifiers.wanda:wanda", "linear", "-", "rms", "2306.11695", "set to zero what is smallest beside its input"),
     "sparsegpt": Method("lqec_jax.sparsifiers.sparsegpt:sparsegpt", "linear", "1-8, or none", "gram", "2301.00774", "prune inputs in turn, let the later ones make up for the error"),
     "e2e_qp": Method("lqec_jax.trainings.e2e_qp:e2e_qp", "model", "-", "text", "2407.11062", "train all scales of a rounded model on the next token"),
+    "peqa": Method("lqec_jax.trainings.peqa:peqa", "model", "-", "text", "2305.14152", "train scales alone on a task, so that one set of codes serves many"),
     "svd": Method("lqec_jax.compensation.svd:svd", "linear", "-", "none", "Eckart-Young 1936", "the best rank-r correction of the weight error"),
     "lqer": Method("lqec_jax.compensation.svd:lqer", "linear", "-", "none", "2402.02446", "the same under LQER's name, before it weighs inputs"),
     "naive_lora": Method("lqec_jax.compensation.svd:naive_lora", "linear", "-", "none", "2410.09615", "the same with the rank that SLiM compares itself at"),

@@ -27,7 +27,7 @@ ValRatio = option(float, "X", "Their share of --data.")
 Seqlen = option(
     int | None, "N", "Longest row in tokens; what is longer loses its end. [default: 512]"
 )
-Train = option(str, "WHAT", "adapters, adapters+norms, adapters+rest or scales.")
+Train = option(str, "WHAT", "adapters, adapters+norms, adapters+rest, scales or scales+zeros.")
 Rank = option(
     str | None, "R", "Of new adapters, where the model has none: 16, or a fraction as 0.1."
 )

@@ -93,7 +93,8 @@ def finetune(
         some.
       train: 'adapters', as SLiM's paper; 'adapters+norms'; 'adapters+rest', with embedding, biases
         and head too, as SLiM's code; 'scales', those of the base alone, which keeps a model without
-        adapters one. The report says what was trained.
+        adapters one; 'scales+zeros', with the zero points of uniform grids too, in float16. The
+        report says what was trained.
       optimizer: 'adamw', 'adam' or 'adafactor'; see `train.rates.Rates`.
       lr: the highest; None is 0.256 over the model's width, and for scales 0.002 of their value.
       decay, warmup: 'cosine', 'linear' or 'constant', after so many updates, or that fraction of

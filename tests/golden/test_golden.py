@@ -75,6 +75,9 @@ GOLDEN = {
         "compared for block_ap, and what it lowers is the decoder's next-token loss",
         f"{AUTHORS}/test_tiny_llama.py::test_the_next_token_loss_is_theirs",
     ),
+    "peqa": closed_form(
+        "test_peqa.py::test_scales_come_to_the_least_squares_of_their_codes_and_not_below"
+    ),
     "svd": closed_form("test_svd.py::test_what_is_left_is_the_tail_of_the_error"),
     "lqer": authors("test_corrections.py::test_lqer_is_theirs"),
     "naive_lora": authors("test_slim.py::test_the_naive_adapter_is_theirs"),

@@ -44,6 +44,16 @@ def test_epochs_become_updates_with_twenty_looks(model, tmp_path):
     assert prepare(model, rows, epochs=1, eval_every=2).step.arguments["eval_every"] == 2
 
 
+def test_scales_and_zeros_are_asked_for_as_scales_are(model, tmp_path):
+    rows = Rows(write(tmp_path / "rows.jsonl", 10))
+    counts = {train: prepare(model, rows, train=train).step.count for train in
+              ("scales", "scales+zeros")}  # fmt: skip
+    leaf = model.params["blocks"][0]["attn"]["q"]["kernel"]
+    assert counts["scales+zeros"](leaf) == 2 * counts["scales"](leaf) > 0
+    with pytest.raises(InputError, match="finetune: train='zeros'; one of 'adapters', 'scales', "):
+        prepare(model, rows, train="zeros")
+
+
 def test_rows_to_look_at_are_the_last_or_a_files_own(model, tmp_path):
     rows = write(tmp_path / "rows.jsonl", 10)
     job = prepare(model, Rows(rows, val_ratio=0.3))
