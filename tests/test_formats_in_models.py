@@ -92,6 +92,7 @@ def test_logits_and_adapter_gradients_are_those_of_the_dense_twin(model, run, fi
     compress = [compress_stack(RECIPES[name], 16 if "pooled" in name else 1) for name in names]
     params = rewrite(model, compress)
 
+    @jax.jit
     def as_dense(leaf: CompressedLinear) -> CompressedLinear:
         base = leaf.dense() - leaf.corrections[0].dense()
         return CompressedLinear(Dense(base), leaf.corrections[:1])

@@ -288,6 +288,11 @@ def test_every_row_is_under_these_laws_or_names_its_test():
         assert "objective" in find_factory(name)().__dict__
 
 
+@over(EVERY)
+def test_same_key_same_bytes(text):
+    assert_same(solve(text), solve(text))
+
+
 # Run op by op, a variant compiles some twenty programs. Rungs differ by a number alone, and the one
 # in the middle packs codes of three bits.
 RUN_EAGERLY = [f"{name}({variants.rungs[1]})" for name, variants in VARIANTS.items()] + [
@@ -302,11 +307,6 @@ def test_jit_equals_eager(text):
     problem, start = pose(text, GAUSSIAN)
     eager, _ = run_linear(step_of(text), problem, start)
     assert_same(compiled(text)(problem, start)[0], eager, ulps=1)
-
-
-@over(EVERY)
-def test_same_key_same_bytes(text):
-    assert_same(solve(text), solve(text))
 
 
 @over(that_keep("outputs come in any order", EVERY))
