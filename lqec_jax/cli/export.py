@@ -75,6 +75,7 @@ def verify(
             f"{worst if found.weight_path else 'equal to the bit'}"
         )
         print_line(
-            f"logits differ by at most {found.logit_difference:.3g}; the largest is "
-            f"{found.largest_logit:.4g}"
+            f"logits differ by at most {found.logit_difference:.3g}, half of them by "
+            f"{found.logit_median:.2g} or less; the largest is {found.largest_logit:.4g}; KL "
+            f"{found.kl:.3g} nats a token, of which rounding explains {found.kl_of_rounding:.3g}"
         )
