@@ -14,18 +14,26 @@ import lqec_kernels
 from lqec_jax.calibration.collect import collect
 from lqec_jax.core.arguments import check_tokens
 from lqec_jax.core.progress import Reporter, Silent
-from lqec_jax.core.tree import equal_trees, is_compressed, stack_blocks
+from lqec_jax.core.tree import equal_trees, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
-from lqec_jax.evaluate.card import describe_base, render_pages
+from lqec_jax.evaluate.card import check_drawn, describe_base, draw_pages
 from lqec_jax.evaluate.report import build_report
-from lqec_jax.io.artifact.artifact import load_artifact, save_artifact, write_artifact
+from lqec_jax.io.artifact.artifact import (
+    is_artifact,
+    load_artifact,
+    save_artifact,
+    write_artifact,
+)
+from lqec_jax.io.artifact.digests import check_name
+from lqec_jax.io.artifact.leaves import check_stored
 from lqec_jax.io.exports.export import Exported, export_model
-from lqec_jax.io.exports.record import read_record
+from lqec_jax.io.exports.record import RECORD, read_record
 from lqec_jax.io.sources.flax import load_flax_checkpoint
 from lqec_jax.io.sources.source import open_folder, read_source
 from lqec_jax.io.sources.tokenizer import find_tokenizer
+from lqec_jax.io.verify.artifact import CheckedArtifact, verify_artifact
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
@@ -33,13 +41,12 @@ from lqec_jax.runs.driver import Driver
 from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
 from lqec_jax.runs.folder import Run, check_run
 from lqec_jax.runs.job import prepare, resolve_dtype
-from lqec_jax.runs.linears import apply_steps
+from lqec_jax.runs.linears import apply_steps, check_inputs
 from lqec_jax.runs.text import make_windows
 from lqec_kernels.formats import CompressedLinear, Dense
-from lqec_kernels.repacking import REPACKED, DenseCopy
 
 
-def load(path: str | Path, dtype: str = "auto") -> Model:
+def load(path: str | Path, dtype: str = "auto", check: str = "auto") -> Model:
     """Loads a Hugging Face folder, a hub id, or an artifact; compressed weights stay packed.
 
     A folder with flax_model.msgpack for weights, as transformers 4 wrote them, is one too.
@@ -47,12 +54,17 @@ def load(path: str | Path, dtype: str = "auto") -> Model:
     Args:
       dtype: of activations: 'float32', 'bfloat16', or 'auto', float32 on a CPU and bfloat16
         elsewhere.
+      check: of an artifact's digests: 'full', 'fast' (all but the numbers in the weights), 'none',
+        or 'auto', full for 2 GiB and less and fast for more. Names, shapes and whether numbers are
+        finite are always looked at.
     Raises:
-      InputError: what is there is missing, damaged, or not a model this library knows.
+      InputError: what is there is missing, damaged, not as it was written (by name), or not a model
+        this library knows.
     """
     found, compute = open_folder(path), resolve_dtype(dtype)
     if found.kind == "artifact":
-        return load_artifact(found.folder, compute)
+        return load_artifact(found.folder, compute, check)
+    check_name(check)
     if found.kind == "flax":
         return load_flax_checkpoint(found.folder, compute)
     source = read_source(found)
@@ -170,7 +182,7 @@ def quantize(w: Any, recipe: str | Recipe, *, x: Any = None, seed: int = 0) -> C
         raise InputError(f"quantize: w has shape {list(w.shape)}; [d_in, d_out] was wanted")
     if not bool(jnp.isfinite(w).all()):
         raise InputError("quantize: w holds NaN or Inf; give finite weights")
-    stats = collect([_check_inputs(x, w)], recipe.needs) if recipe.needs else LinearStats()
+    stats = collect([check_inputs(x, w)], recipe.needs) if recipe.needs else LinearStats()
     problem = LinearProblem(w, stats, jax.random.key(seed))
     return apply_steps("w", recipe.steps, problem, CompressedLinear(Dense(w)))[0]
 
@@ -247,6 +259,7 @@ def finetune(
     epochs: float | None = None,
     seed: int = 0,
     dtype: str = "auto",
+    check: str = "auto",
     mesh: Any = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -264,6 +277,7 @@ def finetune(
       epochs: passes over the rows, 3 unless `updates` are given.
       settings: those of the step: rank, train, lr, batch, updates, ..; see
         `trainings.finetune.finetune`.
+      check: of the artifact's digests, as for `load`.
       mesh, out, resume, overwrite: as for `compress`.
     Returns:
       The model; `.report` says what was trained.
@@ -276,9 +290,10 @@ def finetune(
     out = None if out is None else Path(out)
     if out is not None:
         check_run(out, resume=resume, overwrite=overwrite)
-    model = model if isinstance(model, Model) else load(model, dtype)
+    model = model if isinstance(model, Model) else load(model, dtype, check)
     given = {name: value for name, value in settings.items() if value is not None}
     rows = Rows(data, val, val_ratio, seqlen)
+    check_drawn(model.report, model.folder)
     job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
@@ -296,18 +311,24 @@ def finetune(
 
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
-    _check_stored("save", model)
-    return save_artifact(model, out, render_pages(model.report), overwrite=overwrite)
+    check_stored("save", model.params)
+    return save_artifact(model, out, draw_pages(model.report), overwrite=overwrite)
 
 
 def export(
-    model: Model | str | Path, out: str | Path, format: str = "hf", **options: Any
+    model: Model | str | Path,
+    out: str | Path,
+    format: str = "hf",
+    *,
+    check: str = "auto",
+    **options: Any,
 ) -> Exported:
     """Writes a model as a folder that other tools read.
 
     Args:
       format: 'hf' (dense, corrections folded in), 'peft' (the adapters), 'gptq',
         'compressed-tensors', 'flax'.
+      check: of an artifact's digests, as for `load`.
       options: `dtype` of floating tensors, 'auto' as stored; `base_only` leaves out adapters. For
         'peft' `base`, the exported folder it belongs to; for 'gptq' `gptq_version`, 1 or 2; for
         'flax' `dense`, which unpacks the weights, see `load_flax`.
@@ -319,22 +340,33 @@ def export(
       >>> export(small, "small-base", "hf", base_only=True)
       >>> export(small, "small-adapter", "peft", base="small-base")
     """
-    model = model if isinstance(model, Model) else load(model)
-    _check_stored("export", model)
+    model = model if isinstance(model, Model) else load(model, check=check)
+    check_stored("export", model.params)
     return export_model(model, out, format, **options)
 
 
-def verify(out: str | Path, against: Model | str | Path | None = None) -> Verified:
+def verify(
+    out: str | Path, against: Model | str | Path | None = None
+) -> Verified | CheckedArtifact:
     """Reads an export back, by code that shares nothing with what wrote it, and compares.
 
+    An artifact is compared with its own digests, all of them.
+
     Args:
-      against: the model it was written from; the folder that the export names unless given.
+      against: the model an export was written from; the folder that it names unless given.
     Returns:
-      .weight_difference .logit_difference and where they are.
+      Of an export .weight_difference .logit_difference and where they are, of an artifact how much
+      was compared.
     Raises:
       CheckFailed: files, weights or logits differ.
-      InputError: `out` is no export, or names no model and none is given.
+      InputError: `out` is neither, names no model and none is given, or has no digests.
     """
+    if is_artifact(out) and not (Path(out) / RECORD).is_file():
+        if against is not None:
+            raise InputError(
+                f"verify: {out} is an artifact, compared with its own digests; leave out --against"
+            )
+        return verify_artifact(out)
     named = read_record(Path(out)).get("model")
     if against is None and named is None:
         raise InputError(f"verify: {out} was exported from memory; give the model (--against)")
@@ -342,22 +374,12 @@ def verify(out: str | Path, against: Model | str | Path | None = None) -> Verifi
     return verify_export(out, against if isinstance(against, Model) else load(against))
 
 
-def _check_stored(verb: str, model: Model) -> None:
-    leaves = jax.tree.leaves(model.params, is_leaf=is_compressed)
-    if any(
-        is_compressed(leaf) and isinstance(leaf.base, (*REPACKED, DenseCopy)) for leaf in leaves
-    ):
-        raise InputError(
-            f"{verb}: the weights are repacked for products, which no file holds; give the model "
-            "that `repack` was given"
-        )
-
-
 def _finish(run: Run, model: Model) -> Model:
     """Writes the artifact beside the run, checks that it holds the model, and gives it its name."""
     folder = run.begin_artifact()
-    write_artifact(model, folder, render_pages(model.report))
-    stored = load_artifact(folder, model.dtype)
+    write_artifact(model, folder, draw_pages(model.report))
+    # Every byte is compared with memory below: digests of the weights would say no more.
+    stored = load_artifact(folder, model.dtype, "fast")
     if not equal_trees(stored.params, model.params):
         raise OSError(errno.EIO, "what was read back is not what was written", str(folder))
     run.commit(artifact=True)
@@ -368,19 +390,6 @@ def _name(run: Run, stored: Model) -> Model:
     """Gives a whole artifact its name."""
     run.finish(run.artifact)
     return dataclasses.replace(stored, folder=run.out, tokenizer=find_tokenizer(run.out))
-
-
-def _check_inputs(x: Any, w: jax.Array) -> jax.Array:
-    """Returns what a matrix reads, or says why it cannot be that."""
-    x = jnp.asarray(x)
-    if x.ndim != 2 or x.shape[1] != w.shape[0] or not len(x):
-        raise InputError(
-            f"quantize: x has shape {list(x.shape)}; [tokens, {w.shape[0]}] was wanted for w "
-            f"{list(w.shape)}"
-        )
-    if not bool(jnp.isfinite(x).all()):
-        raise InputError("quantize: x holds NaN or Inf; give finite inputs")
-    return x
 
 
 @lru_cache(maxsize=8)

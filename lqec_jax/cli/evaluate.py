@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lqec_jax.cli.options import TEXTS, AnyModel, Dtype, NumbersJson, flag, option
+from lqec_jax.cli.options import TEXTS, AnyModel, Check, Dtype, NumbersJson, flag, option
 
 ScoredText = option(str, "FILE", TEXTS)
 Seqlen = option(int, "N", "Tokens of a window, each fed alone.")
@@ -24,6 +24,7 @@ def evaluate(
     protocol: Protocol = "documents",
     against: Against = None,
     dtype: Dtype = "auto",
+    check: Check = "auto",
     json: NumbersJson = None,
     quiet: Quiet = False,
 ) -> None:
@@ -34,15 +35,18 @@ def evaluate(
     check_json(json)
     from lqec_jax import api
     from lqec_jax.evaluate.report import make_finite
+    from lqec_jax.io.carried import compare_models
     from lqec_jax.runs.text import read_windows
 
     row, notes = {"model": model, "text": text, "against": against}, []
     with reporting(quiet) as reporter:
-        student = api.load(model, dtype)
+        student = api.load(model, dtype, check)
         tokens, protocol = read_windows(student, text, seqlen, windows, protocol, notes.append)
         options = {"protocol": protocol, "reporter": reporter}
         if against is not None:
-            distance = api.divergence(student, api.load(against, dtype), tokens, seqlen, **options)
+            teacher = api.load(against, dtype, check)
+            notes += compare_models(student, teacher)
+            distance = api.divergence(student, teacher, tokens, seqlen, **options)
             row |= {"kl": distance.kl, "top1": distance.top1}
         row |= vars(api.perplexity(student, tokens, seqlen, **options))
     row = make_finite(row | _circumstances(student) | ({"notes": notes} if notes else {}))

@@ -6,6 +6,7 @@ from typing import Any
 
 from lqec_jax.cli.options import (
     ArtifactOut,
+    Check,
     Dtype,
     Overwrite,
     Quiet,
@@ -72,6 +73,7 @@ def finetune(
     preset: Preset = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    check: Check = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: ReportJson = None,
@@ -97,7 +99,7 @@ def finetune(
 
         with reporting(quiet) as reporter:
             tuned = api.finetune(model, data, val=val, val_ratio=val_ratio, seqlen=seqlen,
-                                 seed=seed, dtype=dtype, out=out, resume=resume,
+                                 seed=seed, dtype=dtype, check=check, out=out, resume=resume,
                                  overwrite=overwrite, reporter=reporter, **settings)  # fmt: skip
     if json is not None:
         write_json(json, tuned.report)

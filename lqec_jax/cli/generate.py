@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 
-from lqec_jax.cli.options import AnyModel, Dtype, flag, json_of, option
+from lqec_jax.cli.options import AnyModel, Check, Dtype, flag, json_of, option
 
 Prompt = option(str, "TEXT", "What the model continues.")
 MaxNewTokens = option(int, "N", "At most so many tokens; it ends before at the model's end token.")
@@ -24,6 +24,7 @@ def generate(
     seed: Seed = 0,
     chat: Chat = False,
     dtype: Dtype = "auto",
+    check: Check = "auto",
     json: Json = None,
 ) -> None:
     """Continue a text, or answer a message; the text appears as it is written."""
@@ -33,7 +34,7 @@ def generate(
     from lqec_jax import api
     from lqec_jax.evaluate.generate import brings_bos, stream_text
 
-    writer = api.repack(api.load(model, dtype))
+    writer = api.repack(api.load(model, dtype, check))
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                "seed": seed}  # fmt: skip
     said = [{"role": "user", "content": prompt}] if chat else prompt

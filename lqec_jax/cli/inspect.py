@@ -70,8 +70,9 @@ def _stored(checkpoint, tensor, layer: int) -> Any:
 
 def _describe_artifact(folder: Path) -> dict[str, Any]:
     from lqec_jax.core import sites
-    from lqec_jax.io.artifact.artifact import REPORT, load_shapes
-    from lqec_jax.io.files import read_json
+    from lqec_jax.io.artifact.artifact import load_shapes
+    from lqec_jax.io.artifact.digests import find_changes, read_digests
+    from lqec_jax.io.artifact.report import read_report
     from lqec_jax.models.parameters import linear_sites
 
     meta, checkpoint, config, tree = load_shapes(folder)
@@ -81,7 +82,7 @@ def _describe_artifact(folder: Path) -> dict[str, Any]:
         for row in _rows(site.path, [sites.get(block, site) for block in tree["blocks"]])
     ]
     weights = sum(row["count"] * row["d_in"] * row["d_out"] for row in linears)
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    report, digests = read_report(folder), read_digests(folder, meta)
     return {
         "kind": "artifact",
         **_model(config, checkpoint),
@@ -90,6 +91,7 @@ def _describe_artifact(folder: Path) -> dict[str, Any]:
         "base_fingerprint": meta["base_fingerprint"],
         "versions": meta.get("versions", {}),
         "bits_per_weight": 8 * sum(row["stored_bytes"] for row in linears) / weights,
+        "changed": find_changes(folder, meta, digests, checkpoint.entries) if digests else None,
         "linears": linears,
         "stages": _stages(report),
         "data": [fit["data"]["file"] for fit in report.get("fits", []) if "data" in fit],
@@ -185,6 +187,8 @@ def _print_artifact(facts: Mapping[str, Any]) -> None:
     print_line(f"recipe: {facts['recipe']}")
     for name in facts["data"]:
         print_line(f"finetune: on the rows of {name}, not on a calibration text")
+    for fault in facts["changed"] or ():
+        print_line(f"changed since: {fault}")
     print_line(f"seed {facts['seed']}, made from {facts['base_fingerprint']}")
     print_stages(facts["stages"])
 

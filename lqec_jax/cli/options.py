@@ -42,6 +42,14 @@ NumbersJson = json_of("The numbers")
 Quiet = flag("--quiet", "No progress, no tables.", "-q")
 Dtype = option(str, "D", "Of activations: float32, bfloat16 or auto.")
 
+# Whatever reads an artifact.
+Check = option(
+    str,
+    "full|fast|none",
+    "Compare an artifact with its digests: full reads the weights too. [default: full up to 2 GiB, "
+    "then fast]",
+)
+
 # compress and finetune: a run that can be gone on with, and its report.
 ReportJson = json_of("The report")
 Resume = flag("--resume", "Continue an unfinished run.")

@@ -35,5 +35,8 @@ def hash_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
     return hash_parts(parts())
 
 
-def _bytes_of(part: bytes | np.ndarray) -> bytes:
-    return part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes()
+def _bytes_of(part: bytes | np.ndarray) -> bytes | np.ndarray:
+    """Returns what can be hashed where it lies; only an array that is not contiguous is copied."""
+    if isinstance(part, bytes):
+        return part
+    return np.ascontiguousarray(part).reshape(-1).view(np.uint8)

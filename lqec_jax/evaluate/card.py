@@ -5,6 +5,7 @@ model's own card names one. The card is made from the report alone, as the page 
 be strangers': what Markdown or HTML would read as its own is written so that it is only shown.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 from urllib.parse import quote
 
 from lqec_jax.core.hub_cache import find_repository, read_hub_id
+from lqec_jax.errors import InputError, shorten
 from lqec_jax.evaluate.page import PAGE, find_methods, render_report, tabulate_stages
 
 CARD = "README.md"
+_log = logging.getLogger(__name__)
 
 
 def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
@@ -24,6 +27,34 @@ def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
       report: as `report.build_report` returns it; any field may be missing.
     """
     return {PAGE: render_report(report), CARD: render_card(report)}
+
+
+def draw_pages(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns `render_pages`, or, where a report cannot be drawn, says so and returns none.
+
+    A page costs nobody the weights that it is about.
+    """
+    try:
+        return render_pages(report)
+    except Exception as error:  # whatever is wrong with a page
+        fault = f"{type(error).__name__}: {error}"
+        _log.warning("%s", shorten(f"no pages: the report cannot be drawn ({fault})"))
+        return {}
+
+
+def check_drawn(report: Mapping[str, Any], folder: Path | None) -> None:
+    """Refuses a report, of this folder, that cannot be drawn, before one is made that goes on it.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    try:
+        render_pages(report)
+    except Exception as error:  # as above
+        raise InputError(
+            f"{folder}: report.json is damaged ({type(error).__name__}: {error}); restore it, or "
+            "move it away: the weights do not need it"
+        ) from error
 
 
 def describe_base(folder: Path | None) -> dict[str, str]:

@@ -6,7 +6,9 @@ that file, whatever it is, along.
 """
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lqec_jax.core.hub_cache import find_repository
 from lqec_jax.errors import InputError
@@ -40,6 +42,28 @@ def copy_carried(model: Model, folder: Path) -> None:
     """
     for path in find_carried(model.tokenizer, model.folder):
         shutil.copyfile(path, folder / path.name)
+
+
+def compare_models(model: Model, other: Model) -> list[str]:
+    """Returns, in words, where two models that are compared read a text otherwise or are unlike."""
+    notes = []
+    if model.tokenizer is not None and other.tokenizer is not None:
+        ours, theirs = (_read_files(m.tokenizer) for m in (model, other))
+        names = [n for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)]
+        notes += [
+            f"{other.folder} has another tokenizer ({', '.join(names)}); the text was read by the "
+            "model's own"
+        ] * bool(names)
+    ours, theirs = asdict(model.config), asdict(other.config)
+    fields = [name for name in ours if ours[name] != theirs[name]]
+    if fields:
+        notes.append(f"{other.folder} has another config.json ({', '.join(fields)})")
+    return notes
+
+
+def _read_files(tokenizer: Any) -> dict[str, bytes]:
+    """Returns what a tokenizer reads, by file; where texts end does not enter."""
+    return {path.name: path.read_bytes() for path in tokenizer.files() if path.name != GENERATION}
 
 
 def _check_inside(path: Path) -> None:

@@ -87,6 +87,16 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns what a header says beside its tensors, of a file that `read_header` takes.
+
+    Raises:
+      InputError: as `read_header`.
+    """
+    read_header(path)
+    return json.loads(_read_raw_header(path)[2]).get("__metadata__", {})
+
+
 def read_entry(entry: TensorEntry) -> np.ndarray:
     """Reads one tensor as stored, and no other byte of the file.
 

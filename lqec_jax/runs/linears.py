@@ -126,3 +126,16 @@ def _jitted(step: Step) -> Callable:
 @jax.jit
 def _relative_error(w: jax.Array, leaf: CompressedLinear) -> jax.Array:
     return weight_error(LinearProblem(w, LinearStats(), jax.random.key(0)), leaf)
+
+
+def check_inputs(x: Any, w: jax.Array) -> jax.Array:
+    """Returns what a matrix reads, or says why it cannot be that."""
+    x = jnp.asarray(x)
+    if x.ndim != 2 or x.shape[1] != w.shape[0] or not len(x):
+        raise InputError(
+            f"quantize: x has shape {list(x.shape)}; [tokens, {w.shape[0]}] was wanted for w "
+            f"{list(w.shape)}"
+        )
+    if not bool(jnp.isfinite(x).all()):
+        raise InputError("quantize: x holds NaN or Inf; give finite inputs")
+    return x

@@ -63,7 +63,9 @@ def test_one_flipped_bit_is_exit_code_3_and_one_line(artifact, tmp_path, capsys)
         (("export", "{artifact}", "{out}", "--format", "gptq"), "add --base-only and export"),
         (("export", "{artifact}", "{artifact}", "--format", "hf"), "replaces nothing"),
         (("export", "{artifact}", "{out}"), "Missing option '--format'"),
-        (("verify", "{artifact}"), "has no lqec_export.json"),
+        (("verify", "{artifact}/.."), "has no lqec_export.json"),
+        (("verify", "{artifact}", "--against", "demo"), "leave out --against"),
+        (("export", "{artifact}", "{out}", "--format", "hf", "--check", "x"), "check='x'; one of"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_line(arguments, why, artifact, tmp_path, capsys):

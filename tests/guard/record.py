@@ -61,6 +61,8 @@ EXAMPLES = [{"prompt": "one plus one is", "completion": "two"},
             {"text": "one two three one two three"}] * 8  # fmt: skip
 # Fields of report.json that are measured anew each time.
 MEASURED = {"seconds", "peak_rss_mb"}
+# Fields of lqec.json that say what the other files and fields are: these are hashed themselves.
+NOT_HASHED = ("digests",)
 
 
 class Text(NamedTuple):
@@ -195,6 +197,8 @@ def hash_artifact(folder: Path) -> dict[str, str]:
     tensors = {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
     meta = json.loads((folder / "lqec.json").read_text())
     report = json.loads((folder / "report.json").read_text())
+    for name in NOT_HASHED:
+        meta.pop(name, None)
     meta["versions"] = report["environment"]["versions"] = None
     report["environment"] = sorted(report["environment"])
     written = tensors | {

@@ -17,7 +17,18 @@ import numpy as np
 from lqec_jax.core.tree import each_block, get_at, stack_blocks
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
+from lqec_jax.io.artifact.digests import (
+    DIGESTS,
+    META,
+    Hashing,
+    choose_check,
+    find_changes,
+    make_digests,
+    read_digests,
+    read_tensors,
+)
 from lqec_jax.io.artifact.leaves import flatten, unflatten
+from lqec_jax.io.artifact.report import REPORT, read_report
 from lqec_jax.io.carried import copy_carried
 from lqec_jax.io.files import check_writable, read_json, staged_folder, write_json, write_text
 from lqec_jax.io.sources.hf import Checkpoint
@@ -26,11 +37,10 @@ from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
+from lqec_jax.models.parameters import with_constants
 from lqec_kernels.formats import CompressedLinear
 
 FORMAT_VERSION = 1
-META = "lqec.json"
-REPORT = "report.json"
 
 
 def is_artifact(folder: str | Path) -> bool:
@@ -74,7 +84,8 @@ def check_free(out: Path, overwrite: bool) -> None:
 def write_artifact(model: Model, folder: Path, pages: Mapping[str, str]) -> None:
     """Writes the files of an artifact, and its pages, into an empty folder."""
     arrays, weights = name_arrays(model.params)
-    write_weights(folder, sorted(arrays.items()), made_by="lqec")
+    hashing = Hashing(sorted(arrays.items()))
+    write_weights(folder, hashing, made_by="lqec")
     copy_carried(model, folder)
     write_json(folder / "config.json", model.raw_config)
     write_json(folder / REPORT, model.report)
@@ -88,18 +99,30 @@ def write_artifact(model: Model, folder: Path, pages: Mapping[str, str]) -> None
         "versions": model.report.get("environment", {}).get("versions", {}),
         "weights": weights,
     }
-    write_json(folder / META, meta)
+    write_json(folder / META, meta | {DIGESTS: make_digests(folder, meta, hashing.digests)})
 
 
-def load_artifact(folder: str | Path, dtype: Any = jnp.float32) -> Model:
+def load_artifact(folder: str | Path, dtype: Any = jnp.float32, check: str = "auto") -> Model:
     """Reads an artifact; weights stay packed.
 
+    Names, shapes and whether every number is finite are looked at always.
+
+    Args:
+      check: what is compared with the digests on record; see `digests.choose_check`.
     Raises:
-      InputError: a missing or damaged file, another format version, weights that are not there.
+      InputError: a missing or damaged file, another format version, weights that are not there,
+        numbers that are not finite; what is not as it was written, by name.
     """
     folder = Path(folder)
     meta, checkpoint, config, _ = load_shapes(folder)
-    tree = unflatten({name: checkpoint.read(name) for name in checkpoint.names()}, meta["weights"])
+    check, report = choose_check(check, checkpoint), read_report(folder)
+    digests = read_digests(folder, meta) if check != "none" else None
+    faults = find_changes(folder, meta, digests, checkpoint.entries) if digests else []
+    _refuse_changes(folder, faults)  # before minutes of reading
+    tensors = digests["tensors"] if digests and check == "full" else None
+    arrays, faults = read_tensors(checkpoint, tensors)
+    _refuse_changes(folder, faults)
+    tree = unflatten(arrays, meta["weights"])
     blocks = tree.pop("blocks")
     tree["blocks"] = stack_blocks([blocks[str(layer)] for layer in range(config.layers)])
     return Model(
@@ -108,11 +131,19 @@ def load_artifact(folder: str | Path, dtype: Any = jnp.float32) -> Model:
         raw_config=checkpoint.config,
         tokenizer=Tokenizer.load(folder) if has_tokenizer(folder) else None,
         recipe=meta["recipe"],
-        report=read_json(folder / REPORT) if (folder / REPORT).exists() else {},
+        report=report,
         fingerprint=meta["base_fingerprint"],
         folder=folder,
         dtype=dtype,
     )
+
+
+def _refuse_changes(folder: Path, faults: list[str]) -> None:
+    if faults:
+        raise InputError(
+            f"{folder}: {'; '.join(faults)}; restore the files, or take them as they are with "
+            "--check none"
+        )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -163,17 +194,29 @@ def load_shapes(folder: Path) -> tuple[dict, Checkpoint, ModelConfig, Params]:
 
 
 def _check_shapes(config: ModelConfig, tree: Params) -> None:
-    """Raises ValueError where an array is not of the shape that config.json asks for."""
+    """Raises ValueError where names or shapes are not those that config.json asks for."""
     family = families.family(config.family)
     outer = {path: stored.inner_shape for path, stored in family.outer_tensors(config).items()}
     block = family.block_shapes(config)
-    for part, shapes in [(tree, outer), *((part, block) for part in tree["blocks"])]:
+    constants = name_leaves(with_constants(config, 0, {}))
+    bare = {name: node for name, node in tree.items() if name != "blocks"}
+    for part, shapes in [(bare, outer), *((part, block) for part in tree["blocks"])]:
+        strange = name_leaves(part) - set(shapes) - (constants if shapes is block else set())
+        if strange:
+            raise ValueError(f"{min(strange)} is no weight of this model")
         for path, shape in shapes.items():
             leaf = get_at(part, path)
             if isinstance(leaf, CompressedLinear):
                 leaf = jax.eval_shape(CompressedLinear.dense, leaf)
             if leaf.shape != shape:
                 raise ValueError(f"{path} is {list(leaf.shape)}, not {list(shape)}")
+
+
+def name_leaves(tree: Params, prefix: str = "") -> set[str]:
+    """Returns the paths of arrays and compressed weights in nested dicts."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("/")}
+    return {path for key, node in tree.items() for path in name_leaves(node, f"{prefix}{key}/")}
 
 
 def name_arrays(params: Params) -> tuple[dict[str, np.ndarray], dict[str, dict]]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lqec_jax.core.sites import linear_path, put
-from lqec_jax.core.tree import set_at
+from lqec_jax.core.tree import is_compressed, set_at
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_kernels import (
@@ -28,6 +28,7 @@ from lqec_kernels import (
 )
 from lqec_kernels.formats import CompressedLinear
 from lqec_kernels.inputs import InputGrid
+from lqec_kernels.repacking import REPACKED, DenseCopy
 
 FORMATS: dict[str, type] = {
     "dense": formats.Dense,
@@ -45,6 +46,16 @@ FORMATS: dict[str, type] = {
     "sparse24": sparse.Sparse24,
 }
 _NAMES = {cls: name for name, cls in FORMATS.items()}
+
+
+def check_stored(verb: str, params: Params) -> None:
+    """Refuses weights in a form that is for products and that no file holds."""
+    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
+    if any(is_compressed(w) and isinstance(w.base, (*REPACKED, DenseCopy)) for w in leaves):
+        raise InputError(
+            f"{verb}: the weights are repacked for products, which no file holds; give the model "
+            "that `repack` was given"
+        )
 
 
 def flatten(tree: Params, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, dict]]:

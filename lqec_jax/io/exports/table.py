@@ -16,12 +16,14 @@ class Format(NamedTuple):
       holds: what of a model it can say: 'base'; 'adapters', apart from the base; 'inputs', how
         packed weights round what they read.
       own: options of its writer that not every format has; None and False are not said.
+      unpacks: its writer makes every packed weight one dense array, which is rounded whole.
       names: whose names the reader gives: 'checkpoint', with kernels [d_out, d_in], or 'ours'.
     """
 
     module: str
     holds: frozenset[str] = frozenset({"base"})
     own: tuple[str, ...] = ()
+    unpacks: bool = False
     names: str = "checkpoint"
 
     @property
@@ -35,7 +37,7 @@ class Format(NamedTuple):
 
 ALL = frozenset({"base", "adapters", "inputs"})
 FORMATS = {
-    "hf": Format("dense"),
+    "hf": Format("dense", unpacks=True),
     "peft": Format("peft", frozenset({"adapters"}), own=("base",)),
     "gptq": Format("gptq", own=("gptq_version",)),
     "compressed-tensors": Format("compressed_tensors"),

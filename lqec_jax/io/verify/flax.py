@@ -22,8 +22,7 @@ PARTS = ("base", "corrections", "input_transform", "output_transform")
 
 def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
     """Returns each parameter's path, blocks one by one, -> what unpacks it."""
-    checkpoint = Checkpoint.open(folder)
-    weights = read_json(folder / "flax_weights.json")
+    checkpoint, weights = Checkpoint.open(folder), read_packed(folder)
     found: dict[str, Callable] = {
         kernel_path(path): partial(_read_packed, checkpoint, path, said)
         for path, said in weights.items()
@@ -34,11 +33,16 @@ def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Callable[[], np.n
     return _unstack(checkpoint, found)
 
 
+def read_packed(folder: Path) -> dict[str, Any]:
+    """Returns path -> what a packed weight is made of; {} where all were unpacked."""
+    return read_json(folder / "flax_weights.json")
+
+
 def read_inputs(folder: Path) -> dict[str, Mapping[str, Any]]:
     """Returns the path of each weight that rounds what it reads, blocks one by one, -> how."""
     found = {
         kernel_path(path): partial(_read_grid, said["input_grid"])
-        for path, said in read_json(folder / "flax_weights.json").items()
+        for path, said in read_packed(folder).items()
         if "input_grid" in said
     }
     return {path: read() for path, read in _unstack(Checkpoint.open(folder), found).items()}

@@ -1,7 +1,7 @@
 """Checks an export: its files, every weight that they stand for, and the logits these give.
 
 The folder is read by its format's reader in this room, which shares nothing with the writer, and
-compared block by block with the model it was written from; two blocks are held dense at a time.
+compared block by block with the model it was written from; three blocks are held dense at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from lqec_jax.core.tree import (
@@ -31,18 +30,15 @@ from lqec_jax.io.exports.record import find_files, hash_base, read_record
 from lqec_jax.io.exports.table import FORMATS
 from lqec_jax.io.exports.walk import to_dense
 from lqec_jax.io.files import read_json
+from lqec_jax.io.verify.distance import bound_kl, measure
+from lqec_jax.io.verify.rounding import Rounding, expect, read_rounding
 from lqec_jax.models import families
 from lqec_jax.models.config import ModelConfig
 from lqec_jax.models.model import Model
 from lqec_jax.models.parameters import with_constants
 
 TOKENS = (2, 64)  # windows and their length, of ids drawn with seed 0
-# Of a weight's size: sums of float32 in another order; both factors of a product rounded.
-EXACT = 1e-6
-TINY = 1e-7  # what float16 rounds to zero
-# Of the largest logit: the same weights in another order of sums; rounded weights, by their dtype.
-LOGITS = 1e-4
-LOGIT_ROUNDINGS = 16
+LOGITS = 1e-4  # of the largest logit: the same weights in another order of sums
 
 Found = dict[str, Callable[[], np.ndarray]]
 
@@ -54,7 +50,10 @@ class Verified:
     Attributes:
       weights: how many parameters were compared.
       weight_difference, weight_path: the largest difference of a weight, and where it is.
-      logit_difference, largest_logit: over `TOKENS` random ids.
+      logit_difference, largest_logit: over `TOKENS` random ids; half of the differences are no
+        larger than logit_median, 99 of 100 than logit_99.
+      kl: KL(model || export) over these ids, nats a token; and kl_of_rounding, of the model with
+        its weights rounded as the export was asked to, computed here.
     """
 
     folder: Path
@@ -64,14 +63,20 @@ class Verified:
     weight_path: str
     logit_difference: float
     largest_logit: float
+    logit_median: float
+    logit_99: float
+    kl: float
+    kl_of_rounding: float
 
 
 def verify_export(folder: str | Path, model: Model) -> Verified:
     """Compares an export with the model it was written from.
 
-    Weights must agree to the rounding of the export's dtype, elementwise; logits to 1e-4 of the
-    largest one, or to 16 roundings of a narrower dtype. Logits are of inputs that no weight rounds;
-    how weights round them is compared apart, where the format says it.
+    Weights must be the model's rounded as the export was asked to, to the bit or to the order of a
+    sum, see `rounding`. Logits must agree with those of the rounded weights to 1e-4 of the largest
+    one where nothing is rounded; else they may lie as far from them, in KL, as these from the
+    model's. Logits are of inputs that no weight rounds; how weights round them is compared apart,
+    where the format says it.
 
     Raises:
       CheckFailed: files, weights or logits differ; names which and by how much.
@@ -111,21 +116,49 @@ def _compare(folder: Path, record: Mapping[str, Any], model: Model) -> tuple[Ver
     if "base" in row.holds:
         _check_config(folder, model.config)
     found = open_weights(folder, record, model)
-    rounding = _rounding(record)
-    comparison = _Comparison(found, rounding)
-    logits = _run_both(model, comparison)
+    comparison = _Comparison(found, read_rounding(folder, record))
+    logits = _run_all(model, comparison)
     if comparison.left:
         raise InputError(f"it holds {len(comparison.left)} more: {min(comparison.left)}")
-    want, got = logits
-    largest = float(np.abs(want).max())
-    difference = float(np.abs(want - got).max())
-    limit = max(LOGITS, LOGIT_ROUNDINGS * rounding) * max(1.0, largest)
-    faults += comparison.faults[:1]
-    if not difference <= limit:
-        faults.append(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
-    measured = Verified(folder, record["format"], comparison.count, comparison.worst,
-                        comparison.worst_path, difference, largest)  # fmt: skip
+    faults += comparison.faults[:1] + _judge(logits, exact=comparison.rounding.exact)
+    apart = measure(logits.model, logits.export)
+    measured = Verified(
+        folder=folder,
+        format=record["format"],
+        weights=comparison.count,
+        weight_difference=comparison.worst,
+        weight_path=comparison.worst_path,
+        logit_difference=apart.largest,
+        largest_logit=float(np.abs(logits.model).max()),
+        logit_median=apart.median,
+        logit_99=apart.most_of_them,
+        kl=apart.kl,
+        kl_of_rounding=measure(logits.model, logits.rounded).kl,
+    )
     return measured, faults
+
+
+class _Logits(NamedTuple):
+    """Of the model, of its weights rounded as asked, and of what the export holds."""
+
+    model: np.ndarray
+    rounded: np.ndarray
+    export: np.ndarray
+
+
+def _judge(logits: _Logits, *, exact: bool) -> list[str]:
+    """Returns what is wrong with the export's logits, in words."""
+    largest = float(np.abs(logits.model).max())
+    slack = LOGITS * max(1.0, largest)
+    apart = measure(logits.rounded, logits.export)
+    rounded = measure(logits.model, logits.rounded).kl
+    limit = rounded + bound_kl(slack)
+    if apart.kl <= limit and (apart.largest <= slack or not exact):
+        return []
+    return [
+        f"logits differ from those of the weights asked for ({apart.in_words}, of at most "
+        f"{largest:.3g}); KL {limit:.2g} is what rounding explains"
+    ]
 
 
 def _compare_inputs(found: Mapping[str, Mapping[str, Any]], model: Model) -> list[str]:
@@ -145,64 +178,75 @@ def _compare_inputs(found: Mapping[str, Mapping[str, Any]], model: Model) -> lis
 class _Comparison:
     """Takes weights one by one and keeps the worst."""
 
-    def __init__(self, found: Found, rounding: float):
-        self.left = set(found)
+    def __init__(self, found: Found, rounding: Rounding):
+        self.left, self.rounding = set(found), rounding
         self.count, self.worst, self.worst_path = 0, 0.0, ""
         self.faults: list[str] = []
-        self._found, self._rounding = found, rounding
+        self._found = found
 
-    def take(self, path: str, want: Any) -> np.ndarray:
-        """Reads one weight, compares it, and returns what was read."""
+    def take(self, path: str, want: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Reads one weight, compares it, and returns it as it must be and as it was read."""
         if path not in self._found:
             raise InputError(f"{path} is missing")
         self.left.discard(path)
         got = self._found[path]()
-        dense, size = _dense_and_size(want)
+        wanted, dense = expect(want, self.rounding), _dense(want)
         if got.shape != dense.shape:
             raise InputError(f"{path} is {list(got.shape)}, not {list(dense.shape)}")
-        gap = np.abs(got - dense)
-        largest = float(gap.max())
+        largest = float(np.abs(got - dense).max())
         self.count += 1
         if not largest <= self.worst:
             self.worst, self.worst_path = largest, path
-        if not (gap <= max(EXACT, 2 * self._rounding) * size + TINY).all():
-            self.faults.append(f"{path} differs by {largest:.3g}, of at most {size.max():.3g}")
-        return got
+        wrong = ~((wanted.low <= got) & (got <= wanted.high))
+        if wrong.any():
+            gap = np.abs(got - wanted.dense)[wrong].max()
+            self.faults.append(
+                f"{path} differs by {gap:.3g}, of at most {np.abs(dense).max():.3g}, in "
+                f"{np.count_nonzero(wrong)} of {wrong.size} numbers"
+            )
+        return wanted.dense, got
 
 
-def _dense_and_size(want: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a weight as one float32 array, and the sizes of the sums it was made of."""
-    if not is_compressed(want):
-        dense = np.asarray(want).astype(np.float32)
-        return dense, np.abs(dense)
-    size = np.abs(np.asarray(to_dense(replace(want, corrections=()))))
-    for correction in want.corrections:
-        size = size + np.asarray(_size(correction))
-    return np.asarray(to_dense(want)), size
+def _dense(want: Any) -> np.ndarray:
+    """Returns a parameter as one float32 array."""
+    return np.asarray(to_dense(want) if is_compressed(want) else want).astype(np.float32)
 
 
-@jax.jit
-def _size(correction: Any) -> jax.Array:
-    factors = correction.factors()
-    return jax.tree.map(jnp.abs, correction if factors is None else factors).dense()
+def _run_all(model: Model, comparison: _Comparison) -> _Logits:
+    """Runs the model, its rounded weights and what was read side by side, and compares weights.
 
-
-def _run_both(model: Model, comparison: _Comparison) -> tuple[np.ndarray, np.ndarray]:
-    """Runs the model and what was read side by side, comparing each weight on the way."""
+    Where nothing is rounded the first two are one.
+    """
     fns, config = replace(model, dtype=jnp.float32).fns, model.config
     family = families.family(config.family)
+    exact = comparison.rounding.exact
     outer = {path: get_at(model.params, path) for path in family.outer_tensors(config)}
-    read = _nest({path: comparison.take(path, value) for path, value in outer.items()})
+    rounded, read = _take_all(comparison, outer, "")
     batch, length = TOKENS[0], min(TOKENS[1], config.max_length)
     tokens = np.random.RandomState(0).randint(0, config.vocab_size, (batch, length))
     step, finish = _jitted(fns)
     want, got = fns.embed(model.params, tokens), fns.embed(read, tokens)
+    between = want if exact else fns.embed(rounded, tokens)
     paths = family.block_tensors(config)
     for layer, block in enumerate(each_block(model.params)):
-        theirs = {p: comparison.take(f"blocks/{layer}/{p}", get_at(block, p)) for p in paths}
-        want, got = step(block, want), step(with_constants(config, layer, _nest(theirs)), got)
+        ours = {path: get_at(block, path) for path in paths}
+        asked, theirs = (
+            with_constants(config, layer, tree)
+            for tree in _take_all(comparison, ours, f"blocks/{layer}/")
+        )
+        want, got = step(block, want), step(theirs, got)
+        between = want if exact else step(asked, between)
     ours = {name: tree for name, tree in model.params.items() if name != "blocks"}
-    return np.asarray(finish(ours, want)), np.asarray(finish(read, got))
+    want, got = np.asarray(finish(ours, want)), np.asarray(finish(read, got))
+    return _Logits(want, want if exact else np.asarray(finish(rounded, between)), got)
+
+
+def _take_all(
+    comparison: _Comparison, wanted: Mapping[str, Any], prefix: str
+) -> tuple[Params, Params]:
+    """Compares parameters by path, and returns them as they must be and as they were read."""
+    pairs = {path: comparison.take(f"{prefix}{path}", value) for path, value in wanted.items()}
+    return tuple(_nest({path: pair[side] for path, pair in pairs.items()}) for side in (0, 1))
 
 
 @lru_cache(maxsize=8)
@@ -273,10 +317,6 @@ def _add(base: Callable[[], np.ndarray], delta: Callable[[], np.ndarray]) -> np.
     return base() + delta()
 
 
-def _dense(weight: Any) -> np.ndarray:
-    return _dense_and_size(weight)[0]
-
-
 def _nest(flat: Mapping[str, np.ndarray]) -> Params:
     tree: Params = {}
     for path, array in flat.items():
@@ -289,11 +329,3 @@ def _check_config(folder: Path, wanted: ModelConfig) -> None:
     raw.pop("quantization_config", None)
     if families.read_config(raw) != wanted:
         raise InputError("its config.json describes another model")
-
-
-def _rounding(record: Mapping[str, Any]) -> float:
-    """Returns the largest relative error of an export's dtype, its base's included."""
-    narrow = record["dtype"] in ("bfloat16", "float16")
-    own = float(ml_dtypes.finfo(record["dtype"]).eps) / 2 if narrow else 0.0
-    base = record.get("base")
-    return own if base is None else max(own, _rounding(read_record(Path(base))))
