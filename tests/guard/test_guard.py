@@ -10,7 +10,11 @@ from tests.guard.record import HASHES, ROWS, Runner, describe_environment, read_
 
 # "row/file" -> why it may differ from what was recorded. Its new hash is kept beside the old one by
 # `python -m tests.guard.record --allowed "row/file"`.
-ALLOWED: dict[str, str] = {}
+TUNED = (
+    "a fine-tuning's report names its rows, counts those with a BOS or an EOS of their own, and "
+    "calls the error of a weight that it trained the error before"
+)
+ALLOWED: dict[str, str] = {"tiny tuned/report.json": TUNED, "demo tuned/report.json": TUNED}
 # Each compiles for ten seconds, and trains nothing.
 SLOW = {"tiny e8p", "tiny caldera"}
 
