@@ -15,7 +15,7 @@ LADDER: tuple[dict[str, str], ...] = (
         "core": "types, tree, linear, grids, closed forms, argument checks",
         "bench": "products alone",
     },
-    {"train": "one update, one loop, losses, sharding"},
+    {"train": "parts, losses, one loop, one update, sharding"},
     {
         "quantizers": "",
         "sparsifiers": "",
