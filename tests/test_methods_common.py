@@ -123,15 +123,10 @@ VARIANTS = {
 }
 # A method that begins where another one ended.
 BEGINS_AFTER = {"quantize_adapter": "svd(rank=8)"}
-COVERED = {
-    "omniquant": "tests/trainings/test_omniquant.py",
-    "block_ap": "tests/trainings/test_block_ap.py",
-    "e2e_qp": "tests/trainings/test_e2e_qp.py",
-    "lrec": "tests/trainings/test_lrec.py",
-    "merge": "tests/compensation/test_merge.py",
-    "finetune": "tests/trainings/test_finetune.py",
-    "apiq": "tests/trainings/test_apiq.py",
-    "rilq": "tests/trainings/test_rilq.py",
+COVERED = {"merge": "tests/compensation/test_merge.py"} | {
+    name: "tests/test_trainings_common.py"
+    for name, row in METHODS.items()
+    if ".trainings." in row.factory
 }
 # How a statistic is computed from inputs x [tokens, d_in].
 STATISTICS = {

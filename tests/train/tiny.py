@@ -166,7 +166,8 @@ def plain_fns(remat: bool = False) -> ModelFns:
         return h_out, {"mix": h}
 
     def norm(params: Params, h: jax.Array) -> jax.Array:
-        return h / jnp.sqrt(1 + jnp.mean(jnp.square(h), axis=-1, keepdims=True))
+        h = h / jnp.sqrt(1 + jnp.mean(jnp.square(h), axis=-1, keepdims=True))
+        return h * params["norm"]["scale"] if "norm" in params else h
 
     def embed(params: Params, tokens: jax.Array) -> jax.Array:
         return params["embed"][tokens]
