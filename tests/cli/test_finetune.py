@@ -161,12 +161,12 @@ def test_a_damaged_report_is_refused_before_any_training(report, folder, capsys,
     whole = (folder / "small" / "report.json").read_text()
     (folder / "small" / "report.json").write_text(json.dumps(report))
     try:
-        assert main(command(folder, "small", "new")) == 2
+        assert main(command(folder, "small", "spoiled")) == 2
     finally:
         (folder / "small" / "report.json").write_text(whole)
     line = capsys.readouterr().err
     assert "report.json" in line and "move it away" in line and line.count("\n") == 1
-    assert not (folder / "new").exists() and not (folder / "new.partial").exists()
+    assert not (folder / "spoiled").exists() and not (folder / "spoiled.partial").exists()
 
 
 def test_a_changed_artifact_is_named_and_trained_only_where_that_is_wanted(folder, capsys):
