@@ -31,6 +31,7 @@ _NAMES = {
     "quantize": "lqec_jax.api:quantize",
     "quantize_tree": "lqec_jax.foreign.quantize:quantize_tree",
     "repack": "lqec_jax.api:repack",
+    "reproduce": "lqec_jax.analysis.reproduction:reproduce",
     "save": "lqec_jax.api:save",
     "train": "lqec_jax.train",
     "verify": "lqec_jax.api:verify",

@@ -42,6 +42,7 @@ from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
 from lqec_jax.runs.folder import Run, check_run
 from lqec_jax.runs.job import prepare, resolve_dtype
 from lqec_jax.runs.linears import apply_steps, check_inputs
+from lqec_jax.runs.making import describe_making
 from lqec_jax.runs.text import make_windows
 from lqec_kernels.formats import CompressedLinear, Dense
 
@@ -238,9 +239,10 @@ def compress(
                               dtype=np.dtype(job.dtype).name,
                               base=describe_base(job.source.folder))  # fmt: skip
         report |= {"notes": list(job.text.notes)} if job.text.notes else {}
-        source = job.source
+        source, made = job.source, describe_making(job, calib=calib, held_out=eval,
+                                                   val_ratio=val_ratio, mesh=mesh)  # fmt: skip
         small = Model(source.config, params, source.raw_config, source.tokenizer, str(job.recipe),
-                      report, source.fingerprint, source.folder, job.dtype)  # fmt: skip
+                      report, source.fingerprint, source.folder, job.dtype, made)  # fmt: skip
         if out is not None:
             small = _finish(run, small)
     finally:

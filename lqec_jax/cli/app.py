@@ -21,6 +21,7 @@ from lqec_jax.cli.generate import generate
 from lqec_jax.cli.inspect import inspect
 from lqec_jax.cli.methods import methods
 from lqec_jax.cli.plan import plan
+from lqec_jax.cli.reproduce import reproduce
 from lqec_jax.errors import CheckFailed, InputError, shorten
 
 # click's error of usage, of which typer carries a copy.
@@ -48,6 +49,7 @@ app.add_typer(analyze.app, name="analyze")
 app.command("finetune")(finetune)
 app.command("export")(export)
 app.command("verify")(verify)
+app.command("reproduce")(reproduce)
 app.command("generate")(generate)
 app.command("plan")(plan)
 app.command("inspect")(inspect)

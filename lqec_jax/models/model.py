@@ -23,6 +23,7 @@ class Model:
       tokenizer: has encode, decode, bos_id, files; None where the folder has none.
       recipe: the recipe that made it, '' for a dense model.
       report: the report of the run that made it, {} for a dense model.
+      made: the record of how an artifact was made, {} where there is none.
       fingerprint: sha256 of the dense checkpoint it comes from.
       dtype: of activations.
     """
@@ -36,6 +37,7 @@ class Model:
     fingerprint: str = ""
     folder: Path | None = None
     dtype: Any = jnp.float32
+    made: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def fns(self) -> ModelFns:

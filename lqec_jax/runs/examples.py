@@ -29,6 +29,7 @@ from lqec_jax.io.carried import find_carried
 from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
 from lqec_jax.runs.folder import Run
+from lqec_jax.runs.making import FINETUNE, count_threads
 from lqec_jax.trainings.finetune import finetune
 from lqec_kernels.formats import CompressedLinear
 
@@ -187,7 +188,8 @@ def run_tuning(job: TuningJob, run: Run, mesh: Any, reporter: Reporter) -> Model
     }
     recipe = f"{model.recipe} | {job.step}"
     report = _report(job, solution.params, fit, session.seconds()) | {"recipe": recipe}
-    return replace(model, params=solution.params, recipe=recipe, report=report)
+    made = {"verb": FINETUNE, **job.fingerprint, "threads": count_threads()}
+    return replace(model, params=solution.params, recipe=recipe, report=report, made=made)
 
 
 def _read(model: Model, rows: Rows) -> tuple[Examples, Examples]:

@@ -170,6 +170,14 @@ def cut_file(name: str):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
 
 
+def spoil_report(**changes):
+    def spoil(folder: Path) -> None:
+        report = json.loads((folder / "report.json").read_text())
+        (folder / "report.json").write_text(json.dumps(report | changes))
+
+    return spoil
+
+
 CODES = "blocks.1.attn.q.base.codes"
 
 ARTIFACTS = {
@@ -189,6 +197,9 @@ ARTIFACTS = {
     "codes gone": (spoil_arrays(lambda a: a.pop(CODES)), "is missing"),
     "codes cut": (spoil_arrays(lambda a: a.update({CODES: a[CODES][:, :-1]})), "belong together"),
     "norm gone": (spoil_arrays(lambda a: a.pop("norm.scale")), "belong together"),
+    "report.json cut": (cut_file("report.json"), "not JSON"),
+    "stages no list": (spoil_report(stages=3), "report.json: stages is '3'"),
+    "a linear without a path": (spoil_report(linears=[{}]), "linears[0] has no path"),
     "block too many": (
         spoil_arrays(lambda a: a.update({"blocks.2.x": a["norm.scale"]})),
         "belong together",

@@ -126,3 +126,20 @@ def test_half_precision_is_another_number_and_says_so(folder, capfd):
     assert rough["environment"]["compute_dtype"] == "bfloat16"
     assert rough["ppl"] != exact["ppl"]
     assert rough["ppl"] == pytest.approx(exact["ppl"], rel=0.1)
+
+
+def test_a_changed_tokenizer_is_named_on_both_sides(folder, capsys, tmp_path):
+    small = lqec.compress(folder / "model", RTN, np.load(folder / "text.npy"), seqlen=SEQLEN)
+    lqec.save(small, tmp_path / "one")
+    words = ["eval", "--text", str(folder / "text.jsonl"), "--seqlen", str(SEQLEN)]
+    raw = json.loads((tmp_path / "one" / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["w2"], vocabulary["w3"] = 3, 2
+    (tmp_path / "one" / "tokenizer.json").write_text(json.dumps(raw))
+    for more in (["one"], [str(folder / "model"), "--against", "one"]):
+        named = [str(tmp_path / word) if word == "one" else word for word in more]
+        assert main([*words, *named]) == 2
+        assert "tokenizer.json is not as written" in capsys.readouterr().err
+        assert main([*words, *named, "--check", "none", "--quiet"]) == 0
+        out = capsys.readouterr().out
+        assert ("has another tokenizer (tokenizer.json)" in out) == ("--against" in more)

@@ -146,3 +146,36 @@ def test_what_cannot_be_tuned_is_named(folder, capfd):
     assert "the model has no tokenizer" in capfd.readouterr().err
     assert main(command(folder, "small", "tuned")) == 2
     assert "tuned exists; choose another name" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"linears": [{"path": 3}]},
+        # Of the kinds that a run writes, and yet nothing that its page can be made of.
+        {"fits": [{"method": "rilq", "history": [], "best_update": 5}]},
+    ],
+)
+def test_a_damaged_report_is_refused_before_any_training(report, folder, capsys, monkeypatch):
+    monkeypatch.setattr("lqec_jax.api.run_tuning", lambda *_: pytest.fail("it was trained"))
+    whole = (folder / "small" / "report.json").read_text()
+    (folder / "small" / "report.json").write_text(json.dumps(report))
+    try:
+        assert main(command(folder, "small", "spoiled")) == 2
+    finally:
+        (folder / "small" / "report.json").write_text(whole)
+    line = capsys.readouterr().err
+    assert "report.json" in line and "move it away" in line and line.count("\n") == 1
+    assert not (folder / "spoiled").exists() and not (folder / "spoiled.partial").exists()
+
+
+def test_a_changed_artifact_is_named_and_trained_only_where_that_is_wanted(folder, capsys):
+    raw = json.loads((folder / "small" / "config.json").read_text())
+    (folder / "small" / "config.json").write_text(json.dumps(raw | {"rope_theta": 5e5}))
+    try:
+        assert main(command(folder, "small", "other")) == 2
+        assert "config.json is not as written" in capsys.readouterr().err
+        assert main(command(folder, "small", "other", "--check", "none")) == 0
+    finally:
+        (folder / "small" / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+    assert main(["verify", str(folder / "other")]) == 0

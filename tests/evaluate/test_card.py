@@ -3,7 +3,15 @@
 import pytest
 import yaml
 
-from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card, render_pages
+from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import (
+    check_drawn,
+    describe_base,
+    draw_pages,
+    read_front_matter,
+    render_card,
+    render_pages,
+)
 from lqec_jax.evaluate.page import render_report
 
 STAGES = [
@@ -127,3 +135,13 @@ def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
     told = " ".join(render_card({**REPORT, "fits": fits}).split())
     assert "There `finetune` stands for a training on the rows of `rows.jsonl`, not on" in told
     assert "not on a calibration text" not in render_card({**REPORT, "fits": fits[:1]})
+
+
+def test_a_report_that_cannot_be_drawn_costs_nobody_the_weights(tmp_path, caplog):
+    broken = {**REPORT, "fits": [{"method": "rilq", "history": [], "best_update": 0}]}
+    assert draw_pages(REPORT) == render_pages(REPORT)
+    assert draw_pages(broken) == {}
+    assert "the report cannot be drawn (IndexError" in caplog.text
+    check_drawn(REPORT, tmp_path)
+    with pytest.raises(InputError, match=r"report\.json is damaged \(IndexError"):
+        check_drawn(broken, tmp_path)

@@ -62,7 +62,7 @@ EXAMPLES = [{"prompt": "one plus one is", "completion": "two"},
 # Fields of report.json that are measured anew each time.
 MEASURED = {"seconds", "peak_rss_mb"}
 # Fields of lqec.json that say what the other files and fields are: these are hashed themselves.
-NOT_HASHED = ("digests",)
+NOT_HASHED = ("digests", "made")
 
 
 class Text(NamedTuple):

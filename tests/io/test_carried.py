@@ -1,5 +1,6 @@
 """What goes along with the weights: byte for byte, and nothing from outside of the folder."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 
 import lqec_jax as lqec
 from lqec_jax.errors import InputError
-from lqec_jax.io.carried import copy_carried, find_carried
+from lqec_jax.io.carried import compare_models, copy_carried, find_carried
 from lqec_jax.io.exports.export import export_model
 from lqec_jax.io.sources.tokenizer import Tokenizer
 from lqec_jax.runs.examples import Rows, prepare_tuning
@@ -122,3 +123,19 @@ def test_the_case_of_two_ends_stops_and_travels(shared, tmp_path):
     assert model.tokenizer.end_ids == {2, 286}
     done = export_model(model, tmp_path / "hf", "hf")
     assert (done.folder / case.name).read_bytes() == case.read_bytes()
+
+
+def test_models_that_read_otherwise_are_named(home, tmp_path):
+    model = replace(make_model(), tokenizer=Tokenizer.load(home), folder=home)
+    assert compare_models(model, model) == []
+    other = shutil.copytree(home, tmp_path / "other")
+    (other / "generation_config.json").unlink()  # where texts end says nothing about a score
+    same = replace(model, tokenizer=Tokenizer.load(other), folder=other)
+    assert compare_models(model, same) == []
+    (other / "tokenizer.json").write_text(TOKENIZER.replace('"w1": 1, "w2": 2', '"w1": 2, "w2": 1'))
+    said = compare_models(model, replace(same, config=make_model(rope_theta=7.0).config))
+    assert said == [
+        f"{other} has another tokenizer (tokenizer.json); the text was read by the model's own",
+        f"{other} has another config.json (rope)",
+    ]
+    assert compare_models(model, replace(same, tokenizer=None)) == []

@@ -98,6 +98,7 @@ def write_artifact(model: Model, folder: Path, pages: Mapping[str, str]) -> None
         "base_fingerprint": model.fingerprint,
         "versions": model.report.get("environment", {}).get("versions", {}),
         "weights": weights,
+        **({"made": dict(model.made)} if model.made else {}),
     }
     write_json(folder / META, meta | {DIGESTS: make_digests(folder, meta, hashing.digests)})
 
@@ -135,6 +136,7 @@ def load_artifact(folder: str | Path, dtype: Any = jnp.float32, check: str = "au
         fingerprint=meta["base_fingerprint"],
         folder=folder,
         dtype=dtype,
+        made=meta.get("made", {}),
     )
 
 
@@ -161,6 +163,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     for name, kind in (("recipe", str), ("base_fingerprint", str), ("weights", dict)):
         if not isinstance(meta.get(name), kind):
             raise InputError(f"{folder / META}: {name} is missing or damaged; write it again")
+    if not isinstance(meta.get("made", {}), dict):
+        raise InputError(f"{folder / META}: made is damaged; restore the file")
     return meta
 
 

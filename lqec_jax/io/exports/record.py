@@ -9,7 +9,7 @@ from lqec_jax.core.tree import drop_corrections
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import is_artifact, name_arrays
-from lqec_jax.io.exports.options import ExportOptions
+from lqec_jax.io.exports.options import DTYPES, ExportOptions
 from lqec_jax.io.exports.table import FORMATS
 from lqec_jax.io.files import read_json
 from lqec_jax.io.tensor_file import read_chunks
@@ -60,15 +60,43 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder} has no {RECORD}; wanted a folder that `lqec export` wrote")
     record = read_json(folder / RECORD)
-    if record.get("format_version") != RECORD_VERSION or record.get("format") not in FORMATS:
+    version, form = record.get("format_version"), record.get("format")
+    if version != RECORD_VERSION or not isinstance(form, str) or form not in FORMATS:
         raise InputError(
-            f"{folder / RECORD}: format {record.get('format')!r} of version "
-            f"{record.get('format_version')!r} is not read; export again"
+            f"{folder / RECORD}: format {form!r} of version {version!r} is not read; export again"
         )
-    for name, kind in (("files", dict), ("base_sha256", str), ("dtype", str)):
-        if not isinstance(record.get(name), kind):
+    for name, fits in FIELDS.items():
+        if not fits(record.get(name)):
             raise InputError(f"{folder / RECORD}: {name} is missing or damaged; export again")
     return record
+
+
+def _is_hashes(value: Any) -> bool:
+    """Says whether a value maps names of files in one folder to hashes."""
+    return isinstance(value, dict) and all(
+        isinstance(digest, str) and Path(name).name == name and "\0" not in name
+        for name, digest in value.items()
+    )
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and bool(value) and "\0" not in value)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)  # None: of an older record
+
+
+# What a record is read for -> whether its value can be that.
+FIELDS = {
+    "files": _is_hashes,
+    "base_sha256": lambda value: isinstance(value, str),
+    "dtype": lambda value: value in ("auto", *DTYPES) if isinstance(value, str) else False,
+    "model": _is_name,
+    "base": _is_name,
+    "base_only": _is_flag,
+    "exact_inputs": _is_flag,
+}
 
 
 def find_files(record: Mapping[str, Any], folder: Path) -> list[str]:

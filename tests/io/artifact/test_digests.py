@@ -207,6 +207,10 @@ def test_an_artifact_that_is_older_than_digests_loads_and_says_so(folder, caplog
     assert not caplog.messages
     with pytest.raises(InputError, match="has no digests"):
         lqec.verify(folder)
+    # What says how it was made has digests too, or has lost them.
+    edit_json(META, lambda m: m.update(made={"verb": "compress"}))(folder)
+    with pytest.raises(InputError, match="digests are damaged"):
+        load_artifact(folder)
 
 
 def test_a_tokenizer_may_be_put_beside_a_model_without_one(written, tmp_path):

@@ -76,6 +76,18 @@ def test_damage_to_a_file_is_found(folder):
         ({"format_version": 9}, "of version 9 is not read"),
         ({"files": None}, "files is missing or damaged"),
         ({"base_sha256": 5}, "base_sha256 is missing or damaged"),
+        ({"format": ["hf"]}, "format ['hf'] of version 1 is not read"),
+        ({"format_version": {}}, "of version {} is not read"),
+        ({"files": {"../../etc/hosts": "0"}}, "files is missing or damaged"),
+        ({"files": {"model.safetensors": 5}}, "files is missing or damaged"),
+        ({"files": {"a\0b": "0"}}, "files is missing or damaged"),
+        ({"dtype": "float9"}, "dtype is missing or damaged"),
+        ({"dtype": ["auto"]}, "dtype is missing or damaged"),
+        ({"model": 3}, "model is missing or damaged"),
+        ({"base": {}}, "base is missing or damaged"),
+        ({"base": "\0"}, "base is missing or damaged"),
+        ({"base_only": "yes"}, "base_only is missing or damaged"),
+        ({"exact_inputs": []}, "exact_inputs is missing or damaged"),
     ],
 )
 def test_a_damaged_record_is_refused(change, why, folder):
