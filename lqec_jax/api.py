@@ -23,6 +23,7 @@ from lqec_jax.evaluate.report import build_report
 from lqec_jax.io.artifact.artifact import load_artifact, save_artifact, write_artifact
 from lqec_jax.io.exports.export import Exported, export_model
 from lqec_jax.io.exports.record import read_record
+from lqec_jax.io.lock import one_writer
 from lqec_jax.io.sources.flax import load_flax_checkpoint
 from lqec_jax.io.sources.source import open_folder, read_source
 from lqec_jax.io.sources.tokenizer import find_tokenizer
@@ -175,6 +176,7 @@ def quantize(w: Any, recipe: str | Recipe, *, x: Any = None, seed: int = 0) -> C
     return apply_steps("w", recipe.steps, problem, CompressedLinear(Dense(w)))[0]
 
 
+@one_writer
 def compress(
     model: Model | str | Path,
     recipe: str | Recipe,
@@ -216,7 +218,8 @@ def compress(
                   seed=seed, eval=eval, dtype=dtype)  # fmt: skip
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
-    reporter.say(job.text_in_words)
+    for line in (job.text_in_words, *run.notes):
+        reporter.say(line)
     if run.artifact is not None:
         return _name(run, load_artifact(run.artifact, job.dtype))
     try:
@@ -230,13 +233,14 @@ def compress(
         small = Model(source.config, params, source.raw_config, source.tokenizer, str(job.recipe),
                       report, source.fingerprint, source.folder, job.dtype)  # fmt: skip
         if out is not None:
-            small = _finish(run, small)
+            small = _finish(run, small, reporter)
     finally:
         if out is None:
             run.discard()
     return small
 
 
+@one_writer
 def finetune(
     model: Model | str | Path,
     data: str | Path,
@@ -282,24 +286,28 @@ def finetune(
     job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    for line in run.notes:
+        reporter.say(line)
     if run.artifact is not None:
         return _name(run, load_artifact(run.artifact, job.model.dtype))
     try:
         tuned = run_tuning(job, run, mesh, reporter)
         if out is not None:
-            tuned = _finish(run, tuned)
+            tuned = _finish(run, tuned, reporter)
     finally:
         if out is None:
             run.discard()
     return tuned
 
 
+@one_writer
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
     _check_stored("save", model)
     return save_artifact(model, out, render_pages(model.report), overwrite=overwrite)
 
 
+@one_writer
 def export(
     model: Model | str | Path, out: str | Path, format: str = "hf", **options: Any
 ) -> Exported:
@@ -353,14 +361,14 @@ def _check_stored(verb: str, model: Model) -> None:
         )
 
 
-def _finish(run: Run, model: Model) -> Model:
+def _finish(run: Run, model: Model, reporter: Reporter) -> Model:
     """Writes the artifact beside the run, checks that it holds the model, and gives it its name."""
     folder = run.begin_artifact()
-    write_artifact(model, folder, render_pages(model.report))
+    write_artifact(model, folder, render_pages(model.report, reporter.say))
     stored = load_artifact(folder, model.dtype)
     if not equal_trees(stored.params, model.params):
         raise OSError(errno.EIO, "what was read back is not what was written", str(folder))
-    run.commit(artifact=True)
+    run.commit_artifact()
     return _name(run, stored)
 
 

@@ -25,9 +25,11 @@ from lqec_jax.analysis.spectra import measure_spectra
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import say_failure
 from lqec_jax.evaluate.discrepancy import discrepancy
 from lqec_jax.evaluate.rank_page import render_ranks
 from lqec_jax.io.files import read_json, write_json, write_text
+from lqec_jax.io.lock import one_writer
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.job import prepare
@@ -36,6 +38,7 @@ RESULTS, PAGE, RUNS = "analysis.json", "analysis.html", "runs"
 SCOPES = ("weight", "linear", "block", "model")
 
 
+@one_writer
 def analyze_ranks(
     *,
     model: str | Path,
@@ -90,7 +93,11 @@ def analyze_ranks(
     ]
     analysis["teacher"] = results["rows"][0]
     write_json(path, analysis)
-    write_text(folder / PAGE, render_ranks(analysis))
+    page = None
+    with say_failure(PAGE, reporter.say):
+        page = render_ranks(analysis)
+    if page is not None:
+        write_text(folder / PAGE, page)
     return analysis
 
 

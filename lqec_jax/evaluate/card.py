@@ -6,24 +6,46 @@ be strangers': what Markdown or HTML would read as its own is written so that it
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from lqec_jax.core.hub_cache import find_repository, read_hub_id
+from lqec_jax.errors import InputError
 from lqec_jax.evaluate.page import PAGE, find_methods, render_report, tabulate_stages
 
 CARD = "README.md"
 
 
-def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
+def render_pages(
+    report: Mapping[str, Any], say: Callable[[str], None] = lambda line: None
+) -> dict[str, str]:
     """Returns what people read of a report, by the name of the file: the page and the card.
+
+    A page that cannot be made is left out and said: it decides nothing of what it is about.
 
     Args:
       report: as `report.build_report` returns it; any field may be missing.
     """
-    return {PAGE: render_report(report), CARD: render_card(report)}
+    pages = {}
+    for name, make in ((PAGE, render_report), (CARD, render_card)):
+        with say_failure(name, say):
+            pages[name] = make(report)
+    return pages
+
+
+@contextmanager
+def say_failure(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets a result be kept whose page could not be made: says so, and goes on."""
+    try:
+        yield
+    except (OSError, InputError):  # of the disk, of what is asked for: no page's own
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        say(f"{name} could not be written ({type(error).__name__}: {what}); all else is")
 
 
 def describe_base(folder: Path | None) -> dict[str, str]:
