@@ -314,7 +314,9 @@ def _read_results(folder: Path) -> dict[str, Any]:
     results = read_json(folder / RESULTS)
     rows = results.get("rows")
     whole = isinstance(results.get("settings"), dict) and isinstance(rows, list)
-    if not whole or not all(isinstance(row, dict) and set(row) == set(COLUMNS) for row in rows):
+    if not whole or not all(
+        isinstance(row, dict) and {"resolved", "seed"} <= set(row) <= set(COLUMNS) for row in rows
+    ):
         raise InputError(
             f"{folder / RESULTS} is damaged: settings, and rows of {', '.join(COLUMNS)} were "
             "wanted; restore it, or choose another name to begin again"

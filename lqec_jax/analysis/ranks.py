@@ -76,7 +76,7 @@ def analyze_ranks(
     )  # fmt: skip
     measure = _Measure(model, base, calib, text, settings, reporter)
     path = folder / RESULTS
-    known = read_json(path) if path.is_file() else {"base": None, "rows": []}
+    known = _read_known(path)
     analysis = {name: results[name] for name in ("model", "protocol", "settings", "environment")}
     analysis["base"] = base
     made = {(row["resolved"], row["seed"]): row for row in results["rows"]}
@@ -99,6 +99,17 @@ def analyze_ranks(
     if page is not None:
         write_text(folder / PAGE, page)
     return analysis
+
+
+def _read_known(path: Path) -> dict[str, Any]:
+    """Returns what was measured before, where there is something."""
+    known = read_json(path) if path.is_file() else {"base": None, "rows": []}
+    rows = known.get("rows")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("artifact"), str) for row in rows
+    ):
+        raise InputError(f"{path} is damaged: rows; remove it, and it is measured again")
+    return {"base": None, **known} if "spectra" in known else {"base": None, "rows": []}
 
 
 def list_runs(

@@ -34,8 +34,9 @@ class Checkpoints:
     def __init__(self, folder: Path):
         import orbax.checkpoint as ocp
 
-        # Orbax logs every file it touches, and the failures of its own threads, as if ours.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax logs every file it touches, and the failures of its own threads and tasks, as ours.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._args = ocp.args
         self._folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)

@@ -1,6 +1,7 @@
 """`lqec finetune`: learns a task, keeps the base, goes on after a kill, and refuses in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -135,6 +136,17 @@ def test_a_refusal_is_one_line(folder, more, message, capfd):
     said = capfd.readouterr().err.strip()
     assert said.startswith("error: ") and message in said and "\n" not in said
     assert not (folder / "refused").exists() and not (folder / "refused.partial").exists()
+
+
+def test_a_damaged_report_is_refused_before_any_training(folder, capfd):
+    report = json.loads((folder / "small" / "report.json").read_text())
+    for name, changes in {"linears": {"linears": 5}, "seconds": {"seconds": "x"}}.items():
+        shutil.copytree(folder / "small", folder / f"hurt-{name}")
+        (folder / f"hurt-{name}" / "report.json").write_text(json.dumps(report | changes))
+        assert main(command(folder, f"hurt-{name}", "refused")) == 2
+        said = capfd.readouterr().err
+        assert f"report.json: {name} is missing or of another kind" in said
+        assert not (folder / "refused.partial").exists()
 
 
 def test_what_cannot_be_tuned_is_named(folder, capfd):

@@ -3,7 +3,14 @@
 import pytest
 import yaml
 
-from lqec_jax.evaluate.card import describe_base, read_front_matter, render_card, render_pages
+from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import (
+    describe_base,
+    read_front_matter,
+    render_card,
+    render_pages,
+    say_failure,
+)
 from lqec_jax.evaluate.page import render_report
 
 STAGES = [
@@ -127,3 +134,18 @@ def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
     told = " ".join(render_card({**REPORT, "fits": fits}).split())
     assert "There `finetune` stands for a training on the rows of `rows.jsonl`, not on" in told
     assert "not on a calibration text" not in render_card({**REPORT, "fits": fits[:1]})
+
+
+def test_a_page_that_cannot_be_made_is_said_and_the_others_are_made():
+    said = []
+    # The page wants a number where the card writes whatever there is.
+    pages = render_pages({**REPORT, "seconds": "x", "stages": [5]}, said.append)
+    assert len(pages) + len(said) == 2 and said
+    assert all("could not be written" in line and "all else is" in line for line in said)
+    assert "\n" not in "".join(said)
+
+
+def test_only_a_pages_own_fault_is_forgiven():
+    for error in (OSError("full"), KeyboardInterrupt(), InputError("no matplotlib")):
+        with pytest.raises(type(error)), say_failure("page", print):
+            raise error

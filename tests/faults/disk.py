@@ -16,7 +16,7 @@ from lqec_jax.runs.checkpoints import Checkpoints
 
 
 class Killed(SystemExit):
-    """Stands for the death of the process; of its kind, because the command line lets that through."""
+    """Stands for the death of the process; of a kind that the command line lets through."""
 
 
 class Disk:

@@ -4,12 +4,13 @@ Every write of a tiny run is a case, of which a sample is run by default; --slow
 """
 
 import errno
+import json
 import os
 
 import pytest
 
 from lqec_jax.cli import main
-from lqec_jax.runs.folder import partial_folder
+from lqec_jax.runs.folder import Run, partial_folder
 from lqec_jax.runs.state import STATE
 from tests.faults.disk import Disk, Killed
 from tests.golden.tiny_checkpoint import RTN, hash_folder, write_checkpoint, write_tokens
@@ -21,7 +22,7 @@ RECIPES = {
 }
 KEPT = ("model.safetensors", "lqec.json", "config.json")
 # (recipe, writes of its run): were one more or less, a case would be missing or never fail.
-WRITES = {"rtn": 33, "rilq": 40}
+WRITES = {"rtn": 33, "rilq": 39}
 SAMPLE = {"rtn": (1, 8, 19, 26, 33), "rilq": (12, 24, 31, 37)}
 CASES = [
     pytest.param(name, n, marks=() if n in SAMPLE[name] else pytest.mark.slow, id=f"{name}-{n}")
@@ -102,3 +103,113 @@ def test_a_full_disk_at_a_write_is_one_line_and_changes_no_byte(whole, tmp_path,
     assert said.count("\n") == 1 and os.strerror(errno.ENOSPC) in said and "--resume" in said
     assert begin_or_resume(folder, name, tmp_path / "out") == 0
     assert read_kept(tmp_path / "out") == made[name][1]
+
+
+# ---- what lies in OUT.partial is changed between two runs
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    """OUT of a run that was killed before its second block."""
+    folder, _ = whole
+
+    def before(run, **changes):
+        if changes.get("blocks") == 2:
+            raise Killed
+        commit(run, **changes)
+
+    commit = Run.commit
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "commit", before)
+        main(command(folder, "rtn", tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def rewrite_state(partial, change):
+    state = json.loads((partial / STATE).read_text())
+    change(state)
+    (partial / STATE).write_text(json.dumps(state))
+
+
+def edit_blocks(partial):
+    rewrite_state(partial, lambda state: state.update(blocks=0))
+
+
+def empty(partial):
+    (partial / "streams" / "student-1.bin").write_bytes(b"")
+
+
+def cut(partial):
+    path = partial / "streams" / "student-1.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_teacher(partial):
+    (partial / "streams" / "teacher-1.bin").unlink()
+
+
+def swap_streams(partial):
+    student, teacher = (partial / "streams" / f"{n}-1.bin" for n in ("student", "teacher"))
+    data = student.read_bytes()
+    student.write_bytes(teacher.read_bytes())
+    teacher.write_bytes(data)
+
+
+def flip_block(partial):
+    path = partial / "phase-0" / "block-0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def forget_digests(partial):
+    """Makes the run one of an earlier version, whose stream is cut short."""
+    rewrite_state(partial, lambda state: [state.pop(n) for n in ("sha256", "files", "streams")])
+    cut(partial)
+
+
+CHANGES = {
+    edit_blocks: STATE, empty: "student-1.bin has 0 bytes", cut: "student-1.bin has ",
+    lose_teacher: "teacher-1.bin is missing", swap_streams: "not as the run wrote it",
+    flip_block: "block-0.safetensors is not as the run wrote it",
+    forget_digests: "student-1.bin has",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_file_is_refused_by_name(whole, unfinished, change, capfd):
+    change(partial_folder(unfinished))
+    before = hash_folder(unfinished.parent)
+    capfd.readouterr()
+    assert begin_or_resume(whole[0], "rtn", unfinished) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and CHANGES[change] in said and "--overwrite" in said
+    assert hash_folder(unfinished.parent) == before
+
+
+def test_a_run_of_before_digests_ends_in_the_same_bytes_and_says_so(whole, unfinished, capfd):
+    folder, made = whole
+    partial = partial_folder(unfinished)
+    rewrite_state(partial, lambda state: [state.pop(n) for n in ("sha256", "files", "streams")])
+    arguments = [word for word in command(folder, "rtn", unfinished) if word != "--quiet"]
+    assert main([*arguments, "--resume"]) == 0
+    assert "kept no digests" in capfd.readouterr().err
+    assert read_kept(unfinished) == made["rtn"][1]
+
+
+def test_a_second_writer_at_any_commit_is_refused_and_changes_no_byte(whole, tmp_path, capfd):
+    folder, made = whole
+    commit, codes = Run.commit, []
+
+    def meet(run, **changes):
+        commit(run, **changes)
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr(Run, "commit", commit)
+            codes.append(main([*command(folder, "rtn", tmp_path / "out"), "--resume"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "commit", meet)
+        assert main(command(folder, "rtn", tmp_path / "out")) == 0
+    assert len(codes) > 4 and set(codes) == {2}
+    assert capfd.readouterr().err.count("is being written by process") == len(codes)
+    assert read_kept(tmp_path / "out") == made["rtn"][1]
