@@ -19,6 +19,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.io.tensor_file import read_chunks
 
 THREADS = min(8, os.cpu_count() or 1)
+_BUFFER = 1 << 20  # bytes
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -101,4 +102,17 @@ def _hash(values: np.ndarray) -> str:
 
 
 def _hash_part(path: Path, start: int, length: int) -> str:
-    return hash_parts(read_chunks(path, start, length))
+    digest = hashlib.sha256()
+    for part in read_parts(path, start, length):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def read_parts(path: Path, start: int, length: int) -> Iterator[memoryview]:
+    """Yields bytes of a file in one buffer, small enough to stay in a core's cache."""
+    buffer = memoryview(bytearray(_BUFFER))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while length > 0 and (count := file.readinto(buffer[: min(length, _BUFFER)])):
+            yield buffer[:count]
+            length -= count
