@@ -18,18 +18,14 @@ from lqec_jax.core.tree import equal_trees, stack_blocks
 from lqec_jax.core.types import LinearProblem, LinearStats
 from lqec_jax.errors import InputError
 from lqec_jax.evaluate import perplexity as scores
-from lqec_jax.evaluate.card import check_drawn, describe_base, draw_pages
+from lqec_jax.evaluate.card import check_drawn, describe_base, render_pages
 from lqec_jax.evaluate.report import build_report
-from lqec_jax.io.artifact.artifact import (
-    is_artifact,
-    load_artifact,
-    save_artifact,
-    write_artifact,
-)
+from lqec_jax.io.artifact import artifact
 from lqec_jax.io.artifact.digests import check_name
 from lqec_jax.io.artifact.leaves import check_stored
 from lqec_jax.io.exports.export import Exported, export_model
 from lqec_jax.io.exports.record import RECORD, read_record
+from lqec_jax.io.lock import one_writer
 from lqec_jax.io.sources.flax import load_flax_checkpoint
 from lqec_jax.io.sources.source import open_folder, read_source
 from lqec_jax.io.sources.tokenizer import find_tokenizer
@@ -64,7 +60,7 @@ def load(path: str | Path, dtype: str = "auto", check: str = "auto") -> Model:
     """
     found, compute = open_folder(path), resolve_dtype(dtype)
     if found.kind == "artifact":
-        return load_artifact(found.folder, compute, check)
+        return artifact.load_artifact(found.folder, compute, check)
     check_name(check)
     if found.kind == "flax":
         return load_flax_checkpoint(found.folder, compute)
@@ -188,6 +184,7 @@ def quantize(w: Any, recipe: str | Recipe, *, x: Any = None, seed: int = 0) -> C
     return apply_steps("w", recipe.steps, problem, CompressedLinear(Dense(w)))[0]
 
 
+@one_writer
 def compress(
     model: Model | str | Path,
     recipe: str | Recipe,
@@ -229,9 +226,10 @@ def compress(
                   seed=seed, eval=eval, dtype=dtype)  # fmt: skip
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
-    reporter.say(job.text_in_words)
+    for line in (job.text_in_words, *run.notes):
+        reporter.say(line)
     if run.artifact is not None:
-        return _name(run, load_artifact(run.artifact, job.dtype))
+        return _name(run, artifact.load_artifact(run.artifact, job.dtype))
     try:
         driver = Driver(job.source, job.recipe, job.text, run, seed, job.dtype, mesh, reporter)
         params = driver.compress()
@@ -244,13 +242,14 @@ def compress(
         small = Model(source.config, params, source.raw_config, source.tokenizer, str(job.recipe),
                       report, source.fingerprint, source.folder, job.dtype, made)  # fmt: skip
         if out is not None:
-            small = _finish(run, small)
+            small = _finish(run, small, reporter)
     finally:
         if out is None:
             run.discard()
     return small
 
 
+@one_writer
 def finetune(
     model: Model | str | Path,
     data: str | Path,
@@ -299,32 +298,32 @@ def finetune(
     job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)
+    for line in run.notes:
+        reporter.say(line)
     if run.artifact is not None:
-        return _name(run, load_artifact(run.artifact, job.model.dtype))
+        return _name(run, artifact.load_artifact(run.artifact, job.model.dtype))
     try:
         tuned = run_tuning(job, run, mesh, reporter)
         if out is not None:
-            tuned = _finish(run, tuned)
+            tuned = _finish(run, tuned, reporter)
     finally:
         if out is None:
             run.discard()
     return tuned
 
 
+@one_writer
 def save(model: Model, out: str | Path, *, overwrite: bool = False) -> Path:
     """Writes a model as an artifact folder; refuses to replace one unless told to."""
     check_stored("save", model.params)
-    return save_artifact(model, out, draw_pages(model.report), overwrite=overwrite)
+    return artifact.save_artifact(model, out, render_pages(model.report), overwrite=overwrite)
 
 
+@one_writer
 def export(
-    model: Model | str | Path,
-    out: str | Path,
-    format: str = "hf",
-    *,
-    check: str = "auto",
+    model: Model | str | Path, out: str | Path, format: str = "hf", *, check: str = "auto",
     **options: Any,
-) -> Exported:
+) -> Exported:  # fmt: skip
     """Writes a model as a folder that other tools read.
 
     Args:
@@ -363,7 +362,7 @@ def verify(
       CheckFailed: files, weights or logits differ.
       InputError: `out` is neither, names no model and none is given, or has no digests.
     """
-    if is_artifact(out) and not (Path(out) / RECORD).is_file():
+    if artifact.is_artifact(out) and not (Path(out) / RECORD).is_file():
         if against is not None:
             raise InputError(
                 f"verify: {out} is an artifact, compared with its own digests; leave out --against"
@@ -376,15 +375,15 @@ def verify(
     return verify_export(out, against if isinstance(against, Model) else load(against))
 
 
-def _finish(run: Run, model: Model) -> Model:
+def _finish(run: Run, model: Model, reporter: Reporter) -> Model:
     """Writes the artifact beside the run, checks that it holds the model, and gives it its name."""
     folder = run.begin_artifact()
-    write_artifact(model, folder, draw_pages(model.report))
+    artifact.write_artifact(model, folder, render_pages(model.report, reporter.say))
     # Every byte is compared with memory below: digests of the weights would say no more.
-    stored = load_artifact(folder, model.dtype, "fast")
+    stored = artifact.load_artifact(folder, model.dtype, "fast")
     if not equal_trees(stored.params, model.params):
         raise OSError(errno.EIO, "what was read back is not what was written", str(folder))
-    run.commit(artifact=True)
+    run.commit_artifact()
     return _name(run, stored)
 
 

@@ -34,6 +34,10 @@ class CheckFailed(RuntimeError):
         super().__init__(shorten(str(message)))
 
 
+class NotFinite(InputError, FloatingPointError):
+    """The model or the text made numbers that no float holds; a row of a comparison may say so."""
+
+
 class MissingExtra(InputError):
     """An optional dependency is not installed."""
 

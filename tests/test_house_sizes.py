@@ -18,7 +18,6 @@ EXCEPTIONS = {
     "lqec_jax/api.py:finetune": "the interface names its options; all but two are named",
     "lqec_jax/analysis/comparison.py:compare": "the interface names its options, all but two",
     "lqec_jax/runs/job.py:prepare": "what compress was asked for, handed on by name",
-    "lqec_jax/train/steps.py:make_training": "three nouns make a training; the rest is named",
     "lqec_jax/train/fit.py:fit": "six nouns make a training run; mesh and session are optional",
     "lqec_jax/train/steps.py:make_training": "three nouns make a training; all else is named",
     "lqec_jax/train/fit.py:_run_updates": "the loop's state, passed instead of kept in an object",

@@ -30,11 +30,12 @@ from lqec_jax.core.hashing import hash_parts
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.sites import each
 from lqec_jax.errors import InputError
-from lqec_jax.evaluate.card import describe_base
+from lqec_jax.evaluate.card import describe_base, say_failure
 from lqec_jax.evaluate.page import TEACHER, render_comparison
 from lqec_jax.evaluate.report import describe_environment, make_finite, reset_peak_rss
 from lqec_jax.io.artifact.artifact import is_artifact
 from lqec_jax.io.files import read_json, write_json, write_text
+from lqec_jax.io.lock import one_writer
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import Recipe, parse_recipe
@@ -63,6 +64,7 @@ class Entry:
         return "-".join([*(step.name for step in self.recipe.steps), digest[:8]])
 
 
+@one_writer
 def compare(
     model: str | Path,
     recipes: Sequence[str | Recipe],
@@ -114,9 +116,11 @@ def compare(
     notes = list(job.text.notes)
     held_out = read_held_out(job, text, seqlen, text_windows, protocol, notes.append)
     _check_entries(job, entries)
-    board = _Board.begin(folder, saved, job, held_out, f"{name_protocol(text, protocol)}/{seqlen}")
-    scorer = Scorer(model, held_out, name_protocol(text, protocol), dtype)
     reporter = reporter or Silent()
+    board = _Board.begin(
+        folder, saved, job, held_out, f"{name_protocol(text, protocol)}/{seqlen}", reporter
+    )
+    scorer = Scorer(model, held_out, name_protocol(text, protocol), dtype)
     for line in notes:
         reporter.say(line)
     if not board.has(TEACHER, None):
@@ -295,7 +299,7 @@ def _open(folder: Path, *, resume: bool) -> dict[str, Any] | None:
     if resume and not begun:
         raise InputError(f"there is no comparison at {folder}; leave out --resume")
     if resume:
-        return read_json(folder / RESULTS)
+        return _read_results(folder)
     if begun:
         raise InputError(
             f"{folder} holds a comparison; add --resume to go on with it, or choose another name"
@@ -305,14 +309,31 @@ def _open(folder: Path, *, resume: bool) -> dict[str, Any] | None:
     return None
 
 
+def _read_results(folder: Path) -> dict[str, Any]:
+    """Reads the rows to go on with, as strictly as they are written."""
+    results = read_json(folder / RESULTS)
+    rows = results.get("rows")
+    whole = isinstance(results.get("settings"), dict) and isinstance(rows, list)
+    if not whole or not all(
+        isinstance(row, dict) and {"resolved", "seed"} <= set(row) <= set(COLUMNS) for row in rows
+    ):
+        raise InputError(
+            f"{folder / RESULTS} is damaged: settings, and rows of {', '.join(COLUMNS)} were "
+            "wanted; restore it, or choose another name to begin again"
+        )
+    return results
+
+
 class _Board:
     """The rows of a comparison, written anew with each of them."""
 
-    def __init__(self, folder: Path, results: dict[str, Any]):
-        self.folder, self.results = folder, results
+    def __init__(self, folder: Path, results: dict[str, Any], reporter: Reporter):
+        self.folder, self.results, self.reporter = folder, results, reporter
 
     @classmethod
-    def begin(cls, folder: Path, saved, job: Job, held_out: np.ndarray, protocol: str) -> "_Board":
+    def begin(
+        cls, folder: Path, saved, job: Job, held_out: np.ndarray, protocol: str, reporter: Reporter
+    ) -> "_Board":
         named = {name: job.fingerprint[name] for name in ("model", "calibration", "dtype")}
         text = hash_parts([np.asarray(held_out, np.int32)])
         settings = named | {"text": text, "protocol": protocol}
@@ -324,7 +345,7 @@ class _Board:
                 "environment": describe_environment(),
                 "rows": [],
             }
-            board = cls(folder, fresh)
+            board = cls(folder, fresh, reporter)
             (folder / ROWS).mkdir(parents=True, exist_ok=True)
             board.write()
             return board
@@ -335,7 +356,7 @@ class _Board:
                 f"{folder} was begun with another {', another '.join(changed)}; give the same, or "
                 "choose another name"
             )
-        board = cls(folder, saved)
+        board = cls(folder, saved, reporter)
         board.write()  # a kill may have come between the three files
         return board
 
@@ -355,4 +376,8 @@ class _Board:
         writer.writeheader()
         writer.writerows(self.results["rows"])
         write_text(self.folder / TABLE, table.getvalue())
-        write_text(self.folder / PAGE, render_comparison(self.results))
+        page = None
+        with say_failure(PAGE, self.reporter.say):
+            page = render_comparison(self.results)
+        if page is not None:
+            write_text(self.folder / PAGE, page)

@@ -25,9 +25,11 @@ from lqec_jax.analysis.spectra import measure_spectra
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import say_failure
 from lqec_jax.evaluate.discrepancy import discrepancy
 from lqec_jax.evaluate.rank_page import render_ranks
 from lqec_jax.io.files import read_json, write_json, write_text
+from lqec_jax.io.lock import one_writer
 from lqec_jax.models.model import Model
 from lqec_jax.recipe import parse_recipe
 from lqec_jax.runs.job import prepare
@@ -36,6 +38,7 @@ RESULTS, PAGE, RUNS = "analysis.json", "analysis.html", "runs"
 SCOPES = ("weight", "linear", "block", "model")
 
 
+@one_writer
 def analyze_ranks(
     *,
     model: str | Path,
@@ -73,7 +76,7 @@ def analyze_ranks(
     )  # fmt: skip
     measure = _Measure(model, base, calib, text, settings, reporter)
     path = folder / RESULTS
-    known = read_json(path) if path.is_file() else {"base": None, "rows": []}
+    known = _read_known(path)
     analysis = {name: results[name] for name in ("model", "protocol", "settings", "environment")}
     analysis["base"] = base
     made = {(row["resolved"], row["seed"]): row for row in results["rows"]}
@@ -90,8 +93,23 @@ def analyze_ranks(
     ]
     analysis["teacher"] = results["rows"][0]
     write_json(path, analysis)
-    write_text(folder / PAGE, render_ranks(analysis))
+    page = None
+    with say_failure(PAGE, reporter.say):
+        page = render_ranks(analysis)
+    if page is not None:
+        write_text(folder / PAGE, page)
     return analysis
+
+
+def _read_known(path: Path) -> dict[str, Any]:
+    """Returns what was measured before, where there is something."""
+    known = read_json(path) if path.is_file() else {"base": None, "rows": []}
+    rows = known.get("rows")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("artifact"), str) for row in rows
+    ):
+        raise InputError(f"{path} is damaged: rows; remove it, and it is measured again")
+    return {"base": None, **known} if "spectra" in known else {"base": None, "rows": []}
 
 
 def list_runs(

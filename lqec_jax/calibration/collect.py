@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core.disk import make_array
 from lqec_jax.core.types import LinearStats
 from lqec_jax.errors import InputError
 
@@ -87,7 +88,7 @@ class _GramOnDisk:
     """A sum of x xᵀ in a mapped file, of which a few rows at a time are in memory."""
 
     def __init__(self, path: Path, d_in: int):
-        self.sum = np.memmap(path, np.float32, "w+", shape=(d_in, d_in))
+        self.sum = make_array(path, np.float32, (d_in, d_in))
 
     def add(self, x: jax.Array) -> None:
         for first in range(0, len(self.sum), SPILL_ROWS):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core.disk import make_array
 from lqec_jax.core.sites import get_all, put_all
 from lqec_jax.core.types import ModelFns, Params
 from lqec_jax.core.walking import compile_block, compile_embed, cut_rows
@@ -46,7 +47,7 @@ def diagonal_fisher(
 
     def hold(name: str) -> np.memmap:
         files.append(folder / f"{name}.bin")
-        return np.memmap(files[-1], np.dtype(first.dtype), "w+", shape=shape)
+        return make_array(files[-1], first.dtype, shape)
 
     h = [hold(f"input-{layer}") for layer in range(layers)]
     slope = hold("slope")

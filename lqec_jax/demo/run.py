@@ -18,10 +18,12 @@ from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.demo import model_path
 from lqec_jax.demo.plot import draw_demo
 from lqec_jax.errors import InputError
+from lqec_jax.evaluate.card import say_failure
 from lqec_jax.evaluate.generate import generate
 from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
 from lqec_jax.io.artifact.artifact import check_free
 from lqec_jax.io.files import staged_folder, write_json
+from lqec_jax.io.lock import one_writer
 from lqec_jax.models.model import Model
 from lqec_jax.runs.text import read_windows
 
@@ -61,6 +63,7 @@ class Settings:
         }
 
 
+@one_writer
 def run_demo(
     out: str | Path = "lqec-demo",
     *,
@@ -86,7 +89,8 @@ def run_demo(
     with staged_folder(out, replace=overwrite) as temporary:
         result = _measure(temporary / ARTIFACT, settings, seed, reporter)
         write_json(temporary / RESULT, result)
-        draw_demo(temporary / PLOT, result)
+        with say_failure(PLOT, reporter.say):
+            draw_demo(temporary / PLOT, result)
     return result
 
 

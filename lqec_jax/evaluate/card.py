@@ -7,7 +7,8 @@ be strangers': what Markdown or HTML would read as its own is written so that it
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,26 +21,34 @@ CARD = "README.md"
 _log = logging.getLogger(__name__)
 
 
-def render_pages(report: Mapping[str, Any]) -> dict[str, str]:
+def render_pages(
+    report: Mapping[str, Any], say: Callable[[str], None] = _log.warning
+) -> dict[str, str]:
     """Returns what people read of a report, by the name of the file: the page and the card.
+
+    A page that cannot be made is left out and said: it decides nothing of what it is about.
 
     Args:
       report: as `report.build_report` returns it; any field may be missing.
     """
-    return {PAGE: render_report(report), CARD: render_card(report)}
+    pages = {}
+    for name, make in ((PAGE, render_report), (CARD, render_card)):
+        with say_failure(name, say):
+            pages[name] = make(report)
+    return pages
 
 
-def draw_pages(report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns `render_pages`, or, where a report cannot be drawn, says so and returns none.
-
-    A page costs nobody the weights that it is about.
-    """
+@contextmanager
+def say_failure(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets a result be kept whose page could not be made: says so, and goes on."""
     try:
-        return render_pages(report)
-    except Exception as error:  # whatever is wrong with a page
-        fault = f"{type(error).__name__}: {error}"
-        _log.warning("%s", shorten(f"no pages: the report cannot be drawn ({fault})"))
-        return {}
+        yield
+    except (OSError, InputError):  # of the disk, of what is asked for: no page's own
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())
+        fault = f"{name} could not be written ({type(error).__name__}: {what}"
+        say(f"{shorten(fault)}); all else is")
 
 
 def check_drawn(report: Mapping[str, Any], folder: Path | None) -> None:
@@ -49,8 +58,8 @@ def check_drawn(report: Mapping[str, Any], folder: Path | None) -> None:
       InputError: it is damaged.
     """
     try:
-        render_pages(report)
-    except Exception as error:  # as above
+        render_report(report), render_card(report)
+    except Exception as error:  # whatever is wrong with a page
         raise InputError(
             f"{folder}: report.json is damaged ({type(error).__name__}: {error}); restore it, or "
             "move it away: the weights do not need it"

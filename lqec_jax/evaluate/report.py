@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lqec_jax.errors import InputError
+
 PACKAGES = (
     "lqec-jax",
     "jax",
@@ -65,6 +67,35 @@ def build_report(
             "seconds": sum(stage["seconds"] for stage in stages),
             "environment": describe_environment() | {"compute_dtype": dtype},
         }
+    )
+
+
+def check_report(report: Mapping[str, Any], where: str) -> None:
+    """Refuses a report that cannot be gone on with.
+
+    Args:
+      report: as `build_report` returns it; any field may be missing.
+    Raises:
+      InputError: a field is of another kind; `where` says whose.
+    """
+    for name, kind in (("linears", list), ("fits", list), ("stages", list), ("base", dict)):
+        if not isinstance(report.get(name, kind()), kind):
+            raise _damaged(where, name)
+    for name in ("linears", "fits", "stages"):
+        if not all(isinstance(entry, dict) for entry in report.get(name, ())):
+            raise _damaged(where, name)
+    for linear in report.get("linears", ()):
+        if not isinstance(linear.get("path"), str):
+            raise _damaged(where, "a linear's path")
+    seconds = report.get("seconds", 0.0)
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise _damaged(where, "seconds")
+
+
+def _damaged(where: str, what: str) -> InputError:
+    return InputError(
+        f"{where}: {what} is missing or of another kind; restore the file, or remove it: the model "
+        "is whole without"
     )
 
 

@@ -1,20 +1,28 @@
 """Files and folders that are written whole or not at all, and JSON read with its faults named."""
 
-import fcntl
 import glob
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lqec_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run left is not removed there
+    fcntl = None
 
 # The dtypes of safetensors, in the order in which a file keeps them.
 _CODES = {"uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32",
@@ -26,10 +34,11 @@ _CODES = {"uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "
 def staged_file(path: Path) -> Iterator[Path]:
     """Gives a name beside `path`; what is written there is made durable and takes its place.
 
-    An exception leaves `path` as it was and nothing else; a kill leaves `path`.tmp, which the next
-    call writes over.
+    An exception leaves `path` as it was and nothing else; a kill leaves `path`.HOST-PID.tmp, which
+    the next call for the same `path` on that host removes. No two processes have one name.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    _remove_left(path)
+    temporary = path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -37,6 +46,31 @@ def staged_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """Removes what processes of this host that live no more began to write for `path`."""
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{_host()}-*.tmp"):
+        pid = re.search(r"-(\d+)\.tmp$", left.name)
+        if pid and not _lives(int(pid[1])):
+            left.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _host() -> str:
+    """Returns this host in eight letters that any file system takes."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def read_json(path: str | Path) -> dict:
@@ -86,15 +120,29 @@ def write_tensors(path: Path, arrays: dict[str, np.ndarray], *, made_by: str = "
     """Writes a safetensors file, whole or not at all; equal input, equal bytes.
 
     `made_by` is the metadata's `format`; transformers reads a file only where it is "pt".
+
+    Raises:
+      OSError: what the disk refuses, as of any other file.
     """
     # safetensors writes memory as it lies, so a transposed view would be stored wrong.
     whole = {name: np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape)
              for name in sorted(arrays)}  # fmt: skip
     with staged_file(path) as temporary:
-        save_file(whole, temporary, metadata={"format": made_by})
+        try:
+            save_file(whole, temporary, metadata={"format": made_by})
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from error
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors makes it readable by its owner alone
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+    """Returns the disk's own error where safetensors wrapped one, which is no OSError there."""
+    number = re.search(r"os error (\d+)", str(error))
+    if not number:
+        return error
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def measure_tensors(arrays: dict[str, np.ndarray], *, made_by: str = "lqec") -> int:
@@ -151,7 +199,7 @@ def staged_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         # Where the file system knows no locks, nobody can take one to remove the folder either.
         with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_SH)
+            _lock(held, "LOCK_SH")
         temporary.chmod(0o755)
         yield temporary
         if replace:
@@ -184,7 +232,14 @@ def _remove_unless_held(folder: Path) -> None:
     with suppress(OSError):  # locked, or removed by another
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, "LOCK_EX")
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: str) -> None:
+    """Takes a lock or raises OSError, at once."""
+    if fcntl is None:
+        raise OSError("no locks here")
+    fcntl.flock(descriptor, getattr(fcntl, kind) | fcntl.LOCK_NB)

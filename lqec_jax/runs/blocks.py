@@ -24,8 +24,8 @@ from lqec_jax.core.types import (
     Step,
     Work,
 )
-from lqec_jax.errors import InputError
-from lqec_jax.runs.linears import apply_steps, describe
+from lqec_jax.errors import InputError, NotFinite
+from lqec_jax.runs.linears import TOO_LARGE, apply_steps, describe
 from lqec_jax.runs.streams import Streams
 from lqec_jax.train.fit import NoSession
 from lqec_kernels.formats import CompressedLinear, Dense
@@ -68,7 +68,7 @@ class BlockChain:
 
         Raises:
           InputError: a step refuses a weight; the weight is named.
-          FloatingPointError: a step made something that is not finite.
+          NotFinite: a step made something that is not finite.
         """
         # A weight that no step changes is reported too.
         linears = {} if steps else _without_steps(self._describe(layer, dense, block))
@@ -132,7 +132,7 @@ class BlockChain:
         except InputError as error:
             raise InputError(f"{error} (at blocks/{layer})") from error
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in _floats(solution.params)):
-            raise FloatingPointError(f"{step.name} made blocks/{layer} non-finite ({step})")
+            raise NotFinite(f"{step.name} made blocks/{layer} non-finite ({step}); {TOO_LARGE}")
         return solution.params, {
             "phase": self.phase,
             "layer": layer,

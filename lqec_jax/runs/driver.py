@@ -28,15 +28,15 @@ from lqec_jax.core import sites
 from lqec_jax.core.progress import Reporter, Silent
 from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.evaluate.perplexity import Perplexity, perplexity, score_hidden
-from lqec_jax.io.files import write_tensors
 from lqec_jax.io.sources.source import Source, keep_blocks
-from lqec_jax.io.tensor_file import read_entry, read_header
 from lqec_jax.models.decoder import model_fns, needs_remat
 from lqec_jax.recipe import Recipe
 from lqec_jax.runs.blocks import BlockChain, Chained, describe_fit, wrap_linears
 from lqec_jax.runs.checkpoints import StepSession
-from lqec_jax.runs.folder import Run
+from lqec_jax.runs.folder import FISHER, Run
 from lqec_jax.runs.linears import describe
+from lqec_jax.runs.record import refuse
+from lqec_jax.runs.state import STATE
 from lqec_jax.runs.streams import Streams
 from lqec_jax.runs.student import Student
 from lqec_jax.runs.text import Text
@@ -85,6 +85,7 @@ class Driver:
         followed its last block, or its last checkpoint.
         """
         last = len(self.phases) - 1
+        self._check_progress()
         for number in range(self.run.state["phase"], len(self.phases)):
             steps = self.phases[number]
             if steps and steps[0].scope == "model":
@@ -94,6 +95,19 @@ class Driver:
             if number < last:
                 self.run.commit(phase=number + 1, blocks=0, phase_seconds=0.0)
         return self.student.whole(last)
+
+    def _check_progress(self) -> None:
+        """Refuses a run that says to be further than its recipe goes; reserves a new one's disk."""
+        phase, blocks = self.run.state["phase"], self.run.state["blocks"]
+        # One more than there are: an earlier version kept the last phase as it keeps the others.
+        if phase > len(self.phases) or blocks > self.source.config.layers:
+            raise refuse(
+                self.run.folder,
+                f"{STATE} says phase {phase} and {blocks} blocks; there are {len(self.phases)} "
+                f"phases of {self.source.config.layers} blocks",
+            )
+        if not (phase or blocks):
+            self.streams.reserve()
 
     # ---- streamed phases
 
@@ -107,6 +121,7 @@ class Driver:
         compared = phase == 0 or any(step.scope == "block" for step in steps)
         names = ("teacher", "student") if compared else ("student",)
         if done == 0:
+            self._forget(names)
             for name in names:
                 own = self.outer if name == "teacher" else self.student.outer(phase - 1)
                 self.streams.open(own, (name,))
@@ -118,9 +133,19 @@ class Driver:
             self.student.put_block(phase, layer, chained.block)
             seconds = self.run.state.get("phase_seconds", 0.0) + time.perf_counter() - started
             started = time.perf_counter()
-            self.run.commit(blocks=layer + 1, phase_seconds=seconds, **self._reported(chained))
+            streams = self.run.state.get("streams", {}) | self.streams.written
+            kept = {"streams": streams} if self.run.resumable else {}
+            self.run.commit(
+                blocks=layer + 1, phase_seconds=seconds, **kept, **self._reported(chained)
+            )
             self.reporter.advance(layer + 1)
         self._score_streams(phase, steps)
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Takes streams off the record that are about to be filled anew."""
+        known = self.run.state.get("streams", {})
+        if not known.keys().isdisjoint(names):
+            self.run.commit(streams={n: record for n, record in known.items() if n not in names})
 
     def _compress_block(
         self, phase: int, layer: int, dense: Params, steps: Sequence[Step]
@@ -158,21 +183,20 @@ class Driver:
         """Writes every block's diagonal Fisher beside the run's blocks, once a run."""
         if self.run.state.get("fisher"):
             return
-        folder, layers = self.run.folder / "fisher", self.source.config.layers
+        folder, layers = self.run.folder / FISHER, self.source.config.layers
         folder.mkdir(exist_ok=True)
         self.reporter.begin("fisher", layers)
         sweep = diagonal_fisher(
             self.fns, self.outer, self._dense_block, layers, self.text.train, folder
         )
         for done, (layer, squares) in enumerate(sweep, start=1):
-            write_tensors(folder / f"block-{layer}.safetensors", squares)
+            self.run.save_arrays(f"{FISHER}/block-{layer}.safetensors", squares)
             self.reporter.advance(done)
         self.run.commit(fisher=True)
 
     def _load_fisher(self, layer: int) -> dict[str, jax.Array]:
-        path = self.run.folder / "fisher" / f"block-{layer}.safetensors"
-        entries = read_header(path)
-        return {name: jnp.asarray(read_entry(entry)) for name, entry in entries.items()}
+        arrays = self.run.load_arrays(f"{FISHER}/block-{layer}.safetensors")
+        return {name: jnp.asarray(array) for name, array in arrays.items()}
 
     def _score_streams(self, phase: int, steps: Sequence[Step]) -> None:
         seconds = self.run.state.get("phase_seconds", 0.0)

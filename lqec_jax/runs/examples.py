@@ -23,8 +23,13 @@ from lqec_jax.core.progress import Reporter
 from lqec_jax.core.tree import equal_trees, is_compressed, unstack_blocks
 from lqec_jax.core.types import ModelProblem, Params, Step, Windows, Work
 from lqec_jax.errors import InputError, did_you_mean
-from lqec_jax.evaluate.report import describe_environment, make_finite, peak_rss_mb
-from lqec_jax.io.artifact.artifact import name_arrays
+from lqec_jax.evaluate.report import (
+    check_report,
+    describe_environment,
+    make_finite,
+    peak_rss_mb,
+)
+from lqec_jax.io.artifact.artifact import REPORT, name_arrays
 from lqec_jax.io.carried import find_carried
 from lqec_jax.models.model import Model
 from lqec_jax.runs.checkpoints import StepSession
@@ -119,6 +124,7 @@ def prepare_tuning(
         )
     if model.tokenizer is None:
         raise InputError("finetune: the model has no tokenizer; put its files beside the weights")
+    check_report(model.report, f"{model.folder or 'the model'}, {REPORT}")
     find_carried(model.tokenizer, model.folder)  # refuses a link, before any training
     for name in settings:
         if name not in SETTINGS:

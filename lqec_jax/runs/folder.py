@@ -1,6 +1,7 @@
 """The folder of an unfinished run: `OUT.partial`, until it is renamed to `OUT`.
 
-    state.json                    fingerprint, how far the run is, what it measured
+    state.json                    fingerprint, how far the run is, what it measured, and size and
+                                  digest of every file that a resumed run reads again
     streams/NAME-SLOT.bin         hidden states of all windows before and after the block at work
     phase-P/block-I.safetensors   blocks that are finished
     phase-P/outer.safetensors     the student's embedding, norm and head, where a step trained them
@@ -12,6 +13,7 @@ whole what the block began with. Recomputing it instead would change the result'
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lqec_jax.core.disk import map_array
 from lqec_jax.core.types import Params
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import check_free
@@ -28,8 +31,15 @@ from lqec_jax.io.artifact.leaves import flatten, unflatten
 from lqec_jax.io.files import read_json, replace_folder, write_json, write_tensors
 from lqec_jax.io.tensor_file import read_entry, read_header
 from lqec_jax.runs.checkpoints import Checkpoints
+from lqec_jax.runs.record import check_file, check_size, describe_file, refuse
+from lqec_jax.runs.state import STATE, has_digest, read_state, write_state
 
-STATE, ARTIFACT = "state.json", "artifact"
+ARTIFACT, FISHER = "artifact", "fisher"
+NO_DIGESTS = (
+    "the unfinished run was begun by an earlier version, which kept no digests: sizes of its files "
+    "are checked, their bytes cannot be"
+)
+REMADE = "the finished artifact was damaged and is written again from the run's last block"
 
 
 class Run:
@@ -37,10 +47,11 @@ class Run:
 
     Attributes:
       state: 'phase' and 'blocks' finished so far, and what the driver adds to be kept with them.
+      notes: what the user should know of a run that was taken up.
     """
 
-    def __init__(self, folder: Path, out: Path | None, state: dict):
-        self.folder, self.out, self.state = folder, out, state
+    def __init__(self, folder: Path, out: Path | None, state: dict, notes: tuple[str, ...] = ()):
+        self.folder, self.out, self.state, self.notes = folder, out, state, notes
 
     @classmethod
     def begin(
@@ -54,7 +65,8 @@ class Run:
         Raises:
           InputError: `out` exists; an unfinished run is there and neither `resume` nor `overwrite`
             was said; the unfinished run was of other settings (names them); there is nothing to
-            resume.
+            resume; what is to be read again is not what was written (names the file).
+        Cost: of a run taken up, everything that it will read again is read and hashed.
         """
         fresh = {"fingerprint": dict(fingerprint), "phase": 0, "blocks": 0}
         if out is None:
@@ -62,7 +74,7 @@ class Run:
         check_run(out, resume=resume, overwrite=overwrite)
         folder = partial_folder(out)
         if resume:
-            return cls(folder, out, _resumed(folder, fingerprint))
+            return _take_up(cls(folder, out, _resumed(folder, fingerprint)))
         try:
             if folder.exists():
                 shutil.rmtree(folder)
@@ -78,41 +90,80 @@ class Run:
     def commit(self, **changes: Any) -> None:
         """Records progress; everything it speaks of must be on disk already."""
         self.state |= changes
-        write_json(self.folder / STATE, self.state)
+        write_state(self.folder, self.state)
+
+    @property
+    def resumable(self) -> bool:
+        """Says whether another process may take this run up; then its files go on record."""
+        return self.out is not None
 
     def save_block(self, phase: int, number: int, tree: Params) -> None:
-        folder = self.folder / f"phase-{phase}"
-        folder.mkdir(exist_ok=True)
         arrays, weights = flatten(tree)
-        write_tensors(folder / f"block-{number}.safetensors", arrays)
-        write_json(folder / f"block-{number}.json", weights)
+        self.save_arrays(f"phase-{phase}/block-{number}.safetensors", arrays)
+        path = self.folder / f"phase-{phase}" / f"block-{number}.json"
+        write_json(path, weights)
+        self._enter(path)
 
     def load_block(self, phase: int, number: int) -> Params:
-        path = self.folder / f"phase-{phase}" / f"block-{number}.safetensors"
-        arrays = {name: read_entry(entry) for name, entry in read_header(path).items()}
-        tree = unflatten(arrays, read_json(path.with_suffix(".json")))
+        name = f"phase-{phase}/block-{number}"
+        weights = read_json(self.folder / f"{name}.json")
+        try:
+            tree = unflatten(self.load_arrays(f"{name}.safetensors"), weights)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise refuse(self.folder, f"{name} is damaged ({error})") from error
         return jax.tree.map(jax.numpy.asarray, tree)
 
     def save_outer(self, phase: int, tree: Params) -> None:
         """Keeps what is outside the blocks, where a phase trained some of it."""
-        folder = self.folder / f"phase-{phase}"
-        folder.mkdir(exist_ok=True)
-        write_tensors(folder / "outer.safetensors", flatten(tree)[0])
+        self.save_arrays(f"phase-{phase}/outer.safetensors", flatten(tree)[0])
 
     def load_outer(self, phase: int) -> Params | None:
         """Returns what the latest phase up to this one kept, or None."""
-        paths = (self.folder / f"phase-{n}" / "outer.safetensors" for n in range(phase, -1, -1))
-        path = next((path for path in paths if path.exists()), None)
-        if path is None:
+        names = (f"phase-{n}/outer.safetensors" for n in range(phase, -1, -1))
+        name = next((name for name in names if (self.folder / name).exists()), None)
+        if name is None:
             return None
-        arrays = {name: read_entry(entry) for name, entry in read_header(path).items()}
-        return jax.tree.map(jax.numpy.asarray, unflatten(arrays, {}))
+        return jax.tree.map(jax.numpy.asarray, unflatten(self.load_arrays(name), {}))
+
+    def save_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
+        """Writes a file of arrays; it is on record from the next commit on."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        write_tensors(path, dict(arrays))
+        self._enter(path)
+
+    def load_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Reads a file of arrays."""
+        return {key: read_entry(entry) for key, entry in read_header(self.folder / name).items()}
+
+    def _enter(self, path: Path) -> None:
+        if self.resumable:
+            name = path.relative_to(self.folder).as_posix()
+            self.state["files"] = self.state.get("files", {}) | {name: describe_file(path)}
 
     def stream(self, name: str, slot: int, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-        """Opens one side of a stream, making it if need be."""
-        path = self.folder / "streams" / f"{name}-{slot}.bin"
+        """Opens one side of a stream to be filled, making it if need be.
+
+        Raises:
+          OSError: the disk has no place for all of it.
+        """
+        path = self.folder / stream_name(name, slot)
         path.parent.mkdir(exist_ok=True)
-        return np.memmap(path, np.dtype(dtype), "r+" if path.exists() else "w+", shape=shape)
+        return map_array(path, dtype, shape)
+
+    def read_stream(self, name: str, slot: int, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+        """Opens one side of a stream to be read.
+
+        Raises:
+          InputError: it is missing, or not of this size.
+        """
+        own, dtype = stream_name(name, slot), np.dtype(dtype)
+        if not (self.folder / own).is_file():
+            raise refuse(self.folder, f"{own} is missing")
+        check_size(self.folder, own, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        return np.memmap(self.folder / own, dtype, "r", shape=shape)
 
     def training(self, phase: int) -> Checkpoints:
         """Opens the checkpoints of a model step."""
@@ -131,6 +182,15 @@ class Run:
         """Returns the artifact that is whole and waits for its name, None where there is none."""
         folder = self.folder / ARTIFACT
         return folder if self.state.get("artifact") and folder.is_dir() else None
+
+    def commit_artifact(self) -> None:
+        """Records that the artifact is whole, and what it holds."""
+        known = self.state.get("files", {}).items()
+        self.state["files"] = {n: r for n, r in known if not n.startswith(f"{ARTIFACT}/")}
+        for path in sorted((self.folder / ARTIFACT).rglob("*")):
+            if path.is_file():
+                self._enter(path)
+        self.commit(artifact=True)
 
     def finish(self, artifact: Path) -> None:
         """Gives the finished artifact its name and removes what is left of the run."""
@@ -165,20 +225,14 @@ def check_run(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _is_empty(folder: Path) -> bool:
     """Says whether a folder holds nothing but what a kill in a run's first instant leaves."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {f"{STATE}.tmp"}
+    return folder.is_dir() and all(
+        path.name.startswith(STATE) and path.suffix == ".tmp" for path in folder.iterdir()
+    )
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Reads how far a run is.
-
-    Raises:
-      InputError: the file is missing or damaged.
-    """
-    state = read_json(folder / STATE)
-    kinds = {"fingerprint": dict, "phase": int, "blocks": int}
-    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-        raise InputError(f"{folder / STATE} is damaged; --overwrite begins again")
-    return state
+def stream_name(name: str, slot: int) -> str:
+    """Returns where a stream's slot lies in the folder."""
+    return f"streams/{name}-{slot}.bin"
 
 
 def _resumed(folder: Path, fingerprint: Mapping[str, Any]) -> dict:
@@ -192,3 +246,39 @@ def _resumed(folder: Path, fingerprint: Mapping[str, Any]) -> dict:
             "give the same ones, or --overwrite to begin again"
         )
     return state
+
+
+def _take_up(run: Run) -> Run:
+    """Compares what a run will read again with its record, before anything is read for its sake."""
+    files, state = run.state.get("files", {}), run.state
+    if not has_digest(run.folder):
+        run.notes += (NO_DIGESTS,)
+    if run.artifact is not None:
+        try:
+            for name in (name for name in files if name.startswith(f"{ARTIFACT}/")):
+                check_file(run.folder, name, files[name])
+            return run
+        except InputError:
+            state["artifact"] = False
+            run.notes += (REMADE,)
+    for name, record in files.items():
+        if _is_read_again(name, state["phase"], state["blocks"]):
+            check_file(run.folder, name, record)
+    for name, record in state.get("streams", {}).items():
+        check_file(run.folder, stream_name(name, record["slot"]), record)
+    return run
+
+
+def _is_read_again(name: str, phase: int, blocks: int) -> bool:
+    """Says whether a file is read by a run that has so much behind it.
+
+    Of its own phase it reads what is committed, which alone is sure to be whole; of the phase
+    before all blocks; of every phase before the embedding, norm and head.
+    """
+    found = re.fullmatch(r"phase-(\d+)/(?:block-(\d+)|outer)\.\w+", name)
+    if not found:
+        return name.startswith(f"{FISHER}/")
+    of = int(found[1])
+    if found[2] is None:
+        return of < phase
+    return of == phase - 1 or (of == phase and int(found[2]) < blocks)

@@ -17,11 +17,15 @@ from lqec_jax.core.types import (
     run_linear,
     weight_error,
 )
-from lqec_jax.errors import InputError, did_you_mean
+from lqec_jax.errors import InputError, NotFinite, did_you_mean
 from lqec_jax.recipe import Recipe
 from lqec_kernels.formats import CompressedLinear, Dense
 
 WORSE = "the adapter raises the error that it is to lower; it is kept as it was asked for"
+TOO_LARGE = (
+    "its weights or inputs are too large for that: look at them (lqec inspect), take a step that "
+    "reads no inputs such as rtn, or --dtype float32"
+)
 
 
 def apply_steps(
@@ -33,7 +37,7 @@ def apply_steps(
       The compressed weight and its report: sizes, error, and what every step did to its objective.
     Raises:
       InputError: a step refuses this weight; the weight's name is put before its reason.
-      FloatingPointError: a step made something that is not finite.
+      NotFinite: a step made something that is not finite.
     """
     entries = []
     for step in steps:
@@ -43,7 +47,7 @@ def apply_steps(
         except InputError as error:
             raise InputError(f"{error} (at {name})") from error
         if not np.isfinite(after):
-            raise FloatingPointError(f"{step.name} made {name} non-finite ({step} -> {after})")
+            raise NotFinite(f"{step.name} made {name} non-finite ({step} -> {after}); {TOO_LARGE}")
         notes = _notes(step, facts)
         # Before a step that quantizes too, the error is that of the dense weight: 0.
         if len(leaf.corrections) > had and after > before > 0:

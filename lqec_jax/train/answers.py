@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lqec_jax.core import sites
+from lqec_jax.core.disk import make_array
 from lqec_jax.core.linear import linear
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.core.types import BlockProblem, ModelFns, Params
@@ -101,7 +102,7 @@ def _find_answers(problem: BlockProblem, *, aug: bool) -> tuple[Any, np.ndarray,
     if problem.work.scratch is None:
         answers = np.empty(shape, dtype)
     else:
-        answers = np.memmap(problem.work.scratch, dtype, "w+", shape=shape)
+        answers = make_array(problem.work.scratch, dtype, shape)
     spread, added = np.empty(shape[0], np.float32), np.empty(shape[0], np.float32)
     for rows in cut_rows(*shape[:2]):
         streams = np.asarray(problem.teacher[rows]), np.asarray(problem.student[rows])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core.disk import make_array
 from lqec_jax.core.types import ModelProblem, Params
 from lqec_jax.core.walking import cut_rows
 from lqec_jax.errors import InputError
@@ -79,7 +80,7 @@ def _keep(problem: ModelProblem, dtype: np.dtype, each: tuple[int, ...]) -> np.n
     shape = (*problem.teacher.shape[:2], *each)
     if problem.work.scratch is None:
         return np.empty(shape, dtype)
-    return np.memmap(problem.work.scratch, dtype, "w+", shape=shape)
+    return make_array(problem.work.scratch, dtype, shape)
 
 
 def _answer(problem: ModelProblem, find: Callable, cut: list[slice]) -> Iterator[tuple]:

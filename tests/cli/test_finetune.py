@@ -1,6 +1,7 @@
 """`lqec finetune`: learns a task, keeps the base, goes on after a kill, and refuses in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -137,6 +138,17 @@ def test_a_refusal_is_one_line(folder, more, message, capfd):
     assert not (folder / "refused").exists() and not (folder / "refused.partial").exists()
 
 
+def test_a_damaged_report_is_refused_before_any_training(folder, capfd):
+    report = json.loads((folder / "small" / "report.json").read_text())
+    for name, changes in {"linears": {"linears": 5}, "seconds": {"seconds": "x"}}.items():
+        shutil.copytree(folder / "small", folder / f"hurt-{name}")
+        (folder / f"hurt-{name}" / "report.json").write_text(json.dumps(report | changes))
+        assert main(command(folder, f"hurt-{name}", "refused")) == 2
+        said = capfd.readouterr().err
+        assert f"report.json: {name} is missing or of another kind" in said
+        assert not (folder / "refused.partial").exists()
+
+
 def test_what_cannot_be_tuned_is_named(folder, capfd):
     write_checkpoint(folder / "dense", num_hidden_layers=2)
     assert main(command(folder, "dense", "refused")) == 2
@@ -156,7 +168,9 @@ def test_what_cannot_be_tuned_is_named(folder, capfd):
         {"fits": [{"method": "rilq", "history": [], "best_update": 5}]},
     ],
 )
-def test_a_damaged_report_is_refused_before_any_training(report, folder, capsys, monkeypatch):
+def test_a_report_that_makes_no_page_is_refused_before_any_training(
+    report, folder, capsys, monkeypatch
+):
     monkeypatch.setattr("lqec_jax.api.run_tuning", lambda *_: pytest.fail("it was trained"))
     whole = (folder / "small" / "report.json").read_text()
     (folder / "small" / "report.json").write_text(json.dumps(report))

@@ -7,10 +7,10 @@ from lqec_jax.errors import InputError
 from lqec_jax.evaluate.card import (
     check_drawn,
     describe_base,
-    draw_pages,
     read_front_matter,
     render_card,
     render_pages,
+    say_failure,
 )
 from lqec_jax.evaluate.page import render_report
 
@@ -139,9 +139,24 @@ def test_a_training_on_examples_is_told_from_one_on_the_calibration_text():
 
 def test_a_report_that_cannot_be_drawn_costs_nobody_the_weights(tmp_path, caplog):
     broken = {**REPORT, "fits": [{"method": "rilq", "history": [], "best_update": 0}]}
-    assert draw_pages(REPORT) == render_pages(REPORT)
-    assert draw_pages(broken) == {}
-    assert "the report cannot be drawn (IndexError" in caplog.text
+    assert set(render_pages(REPORT)) == {"report.html", "README.md"}
+    assert "report.html" not in render_pages(broken)
+    assert "could not be written (IndexError" in caplog.text
     check_drawn(REPORT, tmp_path)
     with pytest.raises(InputError, match=r"report\.json is damaged \(IndexError"):
         check_drawn(broken, tmp_path)
+
+
+def test_a_page_that_cannot_be_made_is_said_and_the_others_are_made():
+    said = []
+    # The page wants a number where the card writes whatever there is.
+    pages = render_pages({**REPORT, "seconds": "x", "stages": [5]}, said.append)
+    assert len(pages) + len(said) == 2 and said
+    assert all("could not be written" in line and "all else is" in line for line in said)
+    assert "\n" not in "".join(said)
+
+
+def test_only_a_pages_own_fault_is_forgiven():
+    for error in (OSError("full"), KeyboardInterrupt(), InputError("no matplotlib")):
+        with pytest.raises(type(error)), say_failure("page", print):
+            raise error

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import lqec_jax as lqec
+from lqec_jax.errors import InputError
 from lqec_jax.evaluate.report import (
     PACKAGES,
     build_report,
+    check_report,
     make_finite,
     peak_rss_mb,
     reset_peak_rss,
@@ -133,3 +135,17 @@ def test_the_peak_of_a_part_is_measured_where_the_kernel_can():
     held = np.ones(10**7)
     assert peak_rss_mb() < before - 100
     del held
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [{"linears": 5}, {"linears": [5]}, {"linears": [{"path": 1}]}, {"fits": {}}, {"fits": ["x"]},
+     {"stages": None}, {"base": []}, {"seconds": "12"}, {"seconds": None}],
+)  # fmt: skip
+def test_a_report_that_cannot_be_gone_on_with_is_refused_by_field(damaged):
+    check_report({}, "here")
+    check_report({"linears": [{"path": "a"}], "fits": [{}], "seconds": 1}, "here")
+    (name,) = damaged
+    with pytest.raises(InputError, match=r"here: .*restore the file, or remove it") as said:
+        check_report(damaged, "here")
+    assert name.rstrip("s") in str(said.value)

@@ -1,6 +1,8 @@
 """Files are whole or absent: what a failure leaves, and what is left beside them."""
 
+import errno
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lqec_jax.errors import InputError
@@ -163,11 +166,39 @@ def test_a_text_is_utf8_and_an_exception_half_way_leaves_the_old_one_alone(old):
     assert (old / "a").read_text("utf-8") == "é\n" and names(old) == ["a"]
 
 
-def test_a_kill_within_a_file_leaves_the_old_one_and_a_name_that_is_used_again(old):
+def test_a_kill_within_a_file_leaves_the_old_one_and_a_name_that_the_next_call_removes(old):
     kill_in(IN_FILE, old)
-    assert (old / "a").read_text() == "old" and names(old) == ["a", "a.tmp"]
+    assert (old / "a").read_text() == "old" and len(names(old)) == 2
+    left = names(old)[1]
+    assert re.fullmatch(r"a\.[0-9a-f]{8}-\d+\.tmp", left)
+    # Another host's, a living process's and a user's are not ours to remove.
+    others = [f"a.00000000-{left.split('-')[1]}", f"{left.split('-')[0]}-{os.getppid()}.tmp",
+              "a.tmp"]  # fmt: skip
+    for name in others:
+        (old / name).write_text("theirs")
     write_text(old / "a", "new")
-    assert (old / "a").read_text() == "new" and names(old) == ["a"]
+    assert (old / "a").read_text() == "new" and names(old) == sorted(["a", *others])
+
+
+def test_no_two_processes_write_under_one_name(old, monkeypatch):
+    with staged_file(old / "a") as mine:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with staged_file(old / "a") as theirs:
+            assert mine != theirs
+            theirs.write_text("theirs")
+        mine.write_text("mine")
+    assert (old / "a").read_text() == "mine" and names(old) == ["a"]
+
+
+def test_a_full_disk_under_safetensors_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", refuse)
+    with pytest.raises(OSError) as said:
+        write_tensors(tmp_path / "a", {"x": np.zeros(1)})
+    assert said.value.errno == errno.ENOSPC and said.value.filename == str(tmp_path / "a")
+    assert names(tmp_path) == []
 
 
 # ---- a folder

@@ -1,11 +1,16 @@
 """Training state goes to disk and comes back bit for bit, onto the devices it is wanted on."""
 
+import errno
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lqec_jax.errors import InputError
+from lqec_jax.runs import checkpoints
 from lqec_jax.runs.checkpoints import Checkpoints
 
 DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16, jnp.uint32, jnp.int32)
@@ -41,8 +46,8 @@ def opened(tmp_path):
         return made[-1]
 
     yield open_folder
-    for checkpoints in made:
-        checkpoints.close()
+    for one in made:
+        one.close()
 
 
 def test_an_empty_folder_has_no_state(opened):
@@ -84,3 +89,68 @@ def test_arrays_are_placed_like_what_they_are_to_replace(opened):
     check_same_bits(arrays, state)
     for came, like in zip(jax.tree.leaves(arrays), jax.tree.leaves(wanted), strict=True):
         assert came.sharding == like.sharding
+
+
+def damage(path, place):
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# Where reading fails, Orbax leaves futures of an event loop that it has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_state_is_refused_by_name_with_a_way_out(opened, tmp_path):
+    first = opened()
+    first.save(5, make_state(5), {"best": 0})
+    first.close()
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    whole = {path: path.read_bytes() for path in files}
+    refused = set()
+    for path in files:
+        # The middle of a file; what Orbax does not read may be anything, what it reads may not.
+        for change in (lambda p: damage(p, len(whole[p]) // 2), lambda p: p.write_bytes(b"")):
+            if not whole[path]:
+                continue
+            change(path)
+            try:
+                came = opened().restore(zeros_like(make_state()))
+            except InputError as error:
+                assert "\n" not in str(error) and "--resume" in str(error)
+                assert str(tmp_path / "training") in str(error)
+                refused.add(path)
+            else:
+                if came is not None:  # otherwise it is no state any more, and training begins anew
+                    check_same_bits(came[0], make_state(5))
+                    assert came[1] == {"best": 0}
+            path.write_bytes(whole[path])
+    gc.collect()  # so that they are of this test
+    assert refused
+
+
+def test_other_numbers_in_whole_files_are_noticed(opened, monkeypatch):
+    first = opened()
+    monkeypatch.setattr(checkpoints, "_digest", lambda *_: "0" * 64)
+    first.save(5, make_state(5), {"best": 0})
+    first.close()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="5, a training's state, is damaged: it is not as it was"):
+        opened().restore(zeros_like(make_state()))
+
+
+def test_a_full_disk_is_an_error_of_the_disk_whoever_noticed_it(opened, monkeypatch):
+    first = opened()
+
+    def refuse(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
+
+    monkeypatch.setattr(type(first._manager), "save", refuse)
+    with pytest.raises(OSError) as said:
+        first.save(1, make_state(1), {})
+    assert said.value.errno == errno.ENOSPC and said.value.filename.endswith("training")
+
+    def fail(*_, **__):
+        raise ValueError("our fault")
+
+    monkeypatch.setattr(type(first._manager), "save", fail)
+    with pytest.raises(ValueError, match="our fault"):
+        first.save(1, make_state(1), {})

@@ -1,5 +1,7 @@
 """An unfinished run: what it keeps, whom it lets continue, and that a refusal touches nothing."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,16 @@ import pytest
 
 from lqec_jax.errors import InputError
 from lqec_jax.io.artifact.artifact import META
-from lqec_jax.runs.folder import STATE, Run, check_run, partial_folder, read_state
+from lqec_jax.runs.folder import (
+    NO_DIGESTS,
+    REMADE,
+    STATE,
+    Run,
+    check_run,
+    partial_folder,
+    read_state,
+)
+from lqec_jax.runs.record import StreamWriter
 from lqec_kernels.formats import Affine, CompressedLinear, LowRank
 from tests.golden.tiny_checkpoint import hash_folder
 
@@ -100,7 +111,7 @@ def test_a_folder_that_is_no_run_is_left_alone_even_by_overwrite(out):
 
 def test_a_kill_in_the_first_instant_stops_no_later_run(out):
     partial_folder(out).mkdir()
-    (partial_folder(out) / f"{STATE}.tmp").write_text('{"fing')
+    (partial_folder(out) / f"{STATE}.0123abcd-7.tmp").write_text('{"fing')
     check_run(out, resume=False, overwrite=False)
     assert list(hash_folder(begin(out).folder)) == [STATE]
 
@@ -133,7 +144,7 @@ def test_streams_keep_their_two_slots_apart_and_across_runs(out):
             stream.flush()
     again = begin(out, resume=True)
     for (name, slot), values in written.items():
-        stream = again.stream(name, slot, shape, jnp.bfloat16)
+        stream = again.read_stream(name, slot, shape, jnp.bfloat16)
         assert stream.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(stream), values)
     assert (run.folder / "streams" / "teacher-1.bin").stat().st_size == 2 * 3 * 4 * 5
@@ -191,3 +202,85 @@ def test_a_run_without_a_name_works_in_a_folder_of_its_own():
         assert read_state(run.folder)["blocks"] == 1
         run.discard()
         assert not run.folder.exists()
+
+
+# ---- what is read again is what was written
+
+
+@pytest.fixture
+def begun(out):
+    """A run in its second phase with one of two blocks behind it, and everything on record."""
+    run = begin(out)
+    tree = {"norm": {"scale": np.arange(4, dtype=np.float32)}}
+    for phase, layer in ((0, 0), (0, 1), (1, 0), (1, 1)):  # the last is not committed
+        run.save_block(phase, layer, jax.tree.map(lambda x, n=10 * phase + layer: x + n, tree))
+    run.save_outer(0, {"embed": np.ones((2, 2), np.float32)})
+    run.save_arrays("fisher/block-0.safetensors", {"q": np.ones(3, np.float32)})
+    writer = StreamWriter(run.stream("student", 1, (4, 2, 3), np.float32))
+    for rows in (slice(0, 2), slice(2, 4)):
+        writer.put(rows, np.full((2, 2, 3), rows.start, np.float32))
+    run.commit(phase=1, blocks=1, streams={"student": {"slot": 1, **writer.finish()}})
+    return run.folder
+
+
+READ_AGAIN = [
+    "phase-0/block-0.safetensors", "phase-0/block-1.json", "phase-1/block-0.safetensors",
+    "phase-0/outer.safetensors", "fisher/block-0.safetensors", "streams/student-1.bin",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_AGAIN)
+def test_no_file_of_a_run_is_believed_unseen(begun, out, name):
+    path = begun / name
+    data = path.read_bytes()
+    begin(out, resume=True)
+    flipped = bytearray(data)
+    flipped[-2] ^= 4
+    for changed in (bytes(flipped), data[:-1], b"", None):
+        path.unlink(missing_ok=True)
+        if changed is not None:
+            path.write_bytes(changed)
+        before = hash_folder(out.parent)
+        said = refusal(begin, out, resume=True)
+        assert name in said and str(begun) in said and "--overwrite" in said
+        assert hash_folder(out.parent) == before
+    path.write_bytes(data)
+    assert begin(out, resume=True).notes == ()
+
+
+def test_swapped_blocks_are_refused(begun, out):
+    first, second = (begun / "phase-0" / f"block-{n}.safetensors" for n in (0, 1))
+    data = first.read_bytes(), second.read_bytes()
+    first.write_bytes(data[1])
+    second.write_bytes(data[0])
+    assert "block-0.safetensors is not as the run wrote it" in refusal(begin, out, resume=True)
+
+
+def test_what_was_not_committed_may_be_anything(begun, out):
+    (begun / "phase-1" / "block-1.safetensors").write_bytes(b"half")
+    (begun / "streams" / "student-0.bin").write_bytes(b"half")
+    begin(out, resume=True)
+
+
+def test_a_damaged_artifact_that_waits_for_its_name_is_made_again(begun, out):
+    run = begin(out, resume=True)
+    (run.begin_artifact() / "weights").write_text("new")
+    run.commit_artifact()
+    assert begin(out, resume=True).artifact is not None
+    (begun / "artifact" / "weights").write_text("neu")
+    again = begin(out, resume=True)
+    assert again.artifact is None and again.notes == (REMADE,)
+
+
+def test_a_run_of_before_digests_goes_on_and_says_so(begun, out):
+    state = read_state(begun)
+    del state["files"], state["streams"]
+    (begun / STATE).write_text(json.dumps(state))
+    run = begin(out, resume=True)
+    assert run.notes == (NO_DIGESTS,)
+    run.read_stream("student", 1, (4, 2, 3), np.float32)
+    (begun / "streams" / "student-1.bin").write_bytes(b"\0" * 40)
+    for call in (run.read_stream, begin(out, resume=True).read_stream):
+        said = refusal(call, "student", 1, (4, 2, 3), np.float32)
+        assert "student-1.bin has 40 bytes, the run wrote 96" in said
+    assert "teacher-0.bin is missing" in refusal(run.read_stream, "teacher", 0, (1,), np.float32)
