@@ -1,6 +1,7 @@
 """Linear steps applied to one weight: for real, with a report, or on shapes alone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.core import scales
 from lqec_jax.core.types import (
     LinearProblem,
     LinearStats,
@@ -26,7 +28,7 @@ WORSE = "the adapter raises the error that it is to lower; it is kept as it was 
 def apply_steps(
     name: str, steps: Sequence[Step], problem: LinearProblem, leaf: CompressedLinear
 ) -> tuple[CompressedLinear, dict]:
-    """Runs linear steps on one weight.
+    """Runs linear steps on one weight, in its unit where float16 has no place for its scales.
 
     Returns:
       The compressed weight and its report: sizes, error, and what every step did to its objective.
@@ -34,7 +36,10 @@ def apply_steps(
       InputError: a step refuses this weight; the weight's name is put before its reason.
       FloatingPointError: a step made something that is not finite.
     """
-    entries = []
+    unit, w, entries = scales.find_exponent(problem.w), problem.w, []
+    if unit:
+        problem = replace(problem, w=scales.times_power(w, -unit))
+        leaf = scales.rescale(leaf, -unit)
     for step in steps:
         had = len(leaf.corrections)
         try:
@@ -51,12 +56,19 @@ def apply_steps(
             {"method": step.name, "objective": step.objective_name, "before": float(before),
              "after": float(after), "notes": notes}
         )  # fmt: skip
-    return leaf, {**describe(name, problem.w, leaf), "steps": entries}
+    stored = scales.rescale(leaf, unit) if unit else leaf
+    if entries:
+        entries[-1]["notes"] += scales.describe(leaf, stored, unit)
+    return stored, {**describe(name, w, stored), "steps": entries}
 
 
 def describe(name: str, w: jax.Array, leaf: CompressedLinear) -> dict:
     """Returns what is reported of a compressed weight, whatever made it."""
-    error = _relative_error(w, leaf)
+    unit = scales.find_exponent(w)
+    if unit:  # squares of small weights would be zero, those of large ones infinite
+        error = _relative_error(scales.times_power(w, -unit), scales.rescale(leaf, -unit))
+    else:
+        error = _relative_error(w, leaf)
     return {
         "path": name,
         "d_in": leaf.d_in,

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.dense import Placed, cast, to_stored, walk, write_config, write_weights
+from lqec_jax.io.exports.dense import Placed, to_stored, walk, write_config, write_weights
 from lqec_jax.io.exports.export import ExportOptions
 from lqec_jax.io.exports.integer_weights import (
     as_words,
+    cast_scales,
+    describe_wide,
     is_packed,
     pack_rows,
     read_affine,
@@ -56,7 +58,8 @@ def write(model: Model, folder: Path, options: ExportOptions) -> list[str]:
     write_weights(folder, tensors)
     write_config(model, folder, options.dtype, quantization)
     write_json(folder / CONFIG, quantization)
-    return _notes(bits, symmetric, version)
+    bases = (read_affine(placed, "gptq", WIDTHS) for placed in walk(model) if is_packed(placed))
+    return _notes(bits, symmetric, version) + describe_wide("gptq", bases)
 
 
 def pack_linear(base: Affine, version: int, path: str) -> dict[str, np.ndarray]:
@@ -88,7 +91,7 @@ def _stored(
         return
     base = read_affine(placed, "gptq", WIDTHS)
     for name, array in pack_linear(base, version, placed.path).items():
-        floating = cast(array, dtype, placed.path) if name == "scales" else array
+        floating = cast_scales(array, dtype, placed.path) if name == "scales" else array
         yield f"{placed.module}.{name}", floating
 
 
