@@ -29,6 +29,11 @@ SPILL_BYTES, SPILL_ROWS = 2 * 2**30, 2048
 RUN = 128
 
 
+# Tokens an input below which a report says that statistics are of few. Of n tokens the eigenvalues
+# of a gram of d independent inputs spread over (1 ± √(d/n))², at this ratio from 0.1 to 2.9.
+LEAST_TOKENS = 2
+
+
 class Statistic(NamedTuple):
     """A sum over tokens and what is made of it.
 
@@ -75,6 +80,16 @@ STATISTICS = {
     "absmean": Statistic(lambda x: sum_rows(jnp.abs(x)), lambda s, n: s / n),
     "gram": Statistic(lambda x: sum_products(x, x), lambda s, n: s / n),
 }
+
+
+def describe_tokens(tokens: int, d_in: int) -> list[str]:
+    """Returns what a report should say of statistics of so many tokens."""
+    if tokens >= LEAST_TOKENS * d_in:
+        return []
+    return [
+        f"statistics: of {tokens} tokens for {d_in} inputs, fewer than {LEAST_TOKENS} an input; "
+        "give more calibration text"
+    ]
 
 
 def collect(

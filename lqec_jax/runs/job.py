@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.calibration.collect import STATISTICS, describe_tokens
 from lqec_jax.calibration.data import check_tokens, cut_windows, load_tokens, split_windows
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.tree import unstack_blocks
@@ -22,7 +23,7 @@ from lqec_jax.io.sources.tokenizer import Tokenizer, has_tokenizer
 from lqec_jax.models import families
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
-from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.recipe import Recipe, check_chain, parse_recipe
 from lqec_jax.runs.driver import Source, Text
 from lqec_jax.runs.linears import preview
 from lqec_kernels.formats import CompressedLinear
@@ -100,8 +101,16 @@ def prepare(
     find_carried(tokenizer, folder)  # refuses a link now, and not when the artifact is written
     text = read_text(source.config, tokenizer, calib, eval, seqlen, windows, val_ratio)
     leaves = preview(model_fns(source.config), _linear_shapes(source.config), recipe)
+    said = (*text.notes, *check_chain(recipe), *_few_tokens(text, recipe, leaves))
+    text = replace(text, notes=said)
     return Job(source, recipe, text, seed, compute, leaves, windows, raw_config,
                tokenizer, folder)  # fmt: skip
+
+
+def _few_tokens(text: Text, recipe: Recipe, leaves: Mapping[str, CompressedLinear]) -> list[str]:
+    if not recipe.needs & STATISTICS.keys():
+        return []
+    return describe_tokens(text.train.size, max(leaf.d_in for leaf in leaves.values()))
 
 
 def resolve_dtype(dtype: str) -> Any:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.calibration.collect import STATISTICS, describe_tokens
 from lqec_jax.core import scales
 from lqec_jax.core.types import (
     LinearProblem,
@@ -19,17 +20,23 @@ from lqec_jax.core.types import (
     weight_error,
 )
 from lqec_jax.errors import InputError, did_you_mean
-from lqec_jax.recipe import Recipe
+from lqec_jax.recipe import Recipe, check_chain
 from lqec_kernels.formats import CompressedLinear, Dense
 
 WORSE = "the adapter raises the error that it is to lower; it is kept as it was asked for"
 
 
 def apply_steps(
-    name: str, steps: Sequence[Step], problem: LinearProblem, leaf: CompressedLinear
+    name: str,
+    steps: Sequence[Step],
+    problem: LinearProblem,
+    leaf: CompressedLinear,
+    tokens: int | None = None,
 ) -> tuple[CompressedLinear, dict]:
     """Runs linear steps on one weight, in its unit where float16 has no place for its scales.
 
+    Args:
+      tokens: of how many the statistics of its inputs are, where that is known.
     Returns:
       The compressed weight and its report: sizes, error, and what every step did to its objective.
     Raises:
@@ -49,6 +56,8 @@ def apply_steps(
         if not np.isfinite(after):
             raise FloatingPointError(f"{step.name} made {name} non-finite ({step} -> {after})")
         notes = _notes(step, facts)
+        if tokens is not None and step.needs & STATISTICS.keys():
+            notes += describe_tokens(tokens, leaf.d_in)
         # Before a step that quantizes too, the error is that of the dense weight: 0.
         if len(leaf.corrections) > had and after > before > 0:
             notes.append(WORSE)
@@ -87,6 +96,7 @@ def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -
       path -> CompressedLinear of `jax.ShapeDtypeStruct`.
     Raises:
       InputError: a step refuses a shape; the path is named. A step leaves out what is not there.
+        Steps that cannot be good for anything, see `recipe.check_chain`.
     """
     for step in recipe.steps:
         for path in sorted(step.leave_out - set(fns.linears)):
@@ -98,6 +108,7 @@ def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -
             leaves[path] = preview_leaf(recipe, *shapes[path], path)
         except InputError as error:
             raise InputError(f"{error} (at every block's {path})") from error
+    check_chain(recipe)
     return leaves
 
 

@@ -128,3 +128,9 @@ def test_only_what_is_asked_for_is_set(needs):
 
 def test_every_field_is_a_statistic_of_inputs_or_a_gradient():
     assert set(STATISTICS) | {"fisher"} == FIELDS
+
+
+def test_statistics_of_few_tokens_are_said():
+    (line,) = module.describe_tokens(16, 192)
+    assert line.startswith("statistics: of 16 tokens for 192 inputs, fewer than 2 an input")
+    assert module.describe_tokens(383, 192) and module.describe_tokens(384, 192) == []
