@@ -32,7 +32,7 @@ from lqec_jax.io.sources.tokenizer import find_tokenizer
 from lqec_jax.io.verify.artifact import CheckedArtifact, verify_artifact
 from lqec_jax.io.verify.verify import Verified, verify_export
 from lqec_jax.models.model import Model
-from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.recipe import Recipe, check_chain, parse_recipe
 from lqec_jax.runs.driver import Driver
 from lqec_jax.runs.examples import Rows, prepare_tuning, run_tuning
 from lqec_jax.runs.folder import Run, check_run
@@ -179,6 +179,7 @@ def quantize(w: Any, recipe: str | Recipe, *, x: Any = None, seed: int = 0) -> C
         raise InputError(f"quantize: w has shape {list(w.shape)}; [d_in, d_out] was wanted")
     if not bool(jnp.isfinite(w).all()):
         raise InputError("quantize: w holds NaN or Inf; give finite weights")
+    check_chain(recipe)
     stats = collect([check_inputs(x, w)], recipe.needs) if recipe.needs else LinearStats()
     problem = LinearProblem(w, stats, jax.random.key(seed))
     return apply_steps("w", recipe.steps, problem, CompressedLinear(Dense(w)))[0]

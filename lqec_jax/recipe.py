@@ -4,16 +4,18 @@
     value  := a Python literal, or a call (a method that takes another)
 
 The text is parsed, never evaluated. A recipe is cut into phases: consecutive linear and block steps
-make one streamed pass over the blocks; every model step is a phase of its own.
+make one streamed pass over the blocks; every model step is a phase of its own. What a chain of
+steps cannot be good for is refused where it is to be run (`check_chain`), not where it is read: an
+artifact that was made by one still loads.
 """
 
 import ast
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lqec_jax.core.types import Step
 from lqec_jax.errors import InputError, did_you_mean
-from lqec_jax.methods import find_factory
+from lqec_jax.methods import METHODS, find_factory
 
 LONGEST = 4096  # characters
 
@@ -139,3 +141,109 @@ def _quote(text: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_chain(recipe: Recipe) -> tuple[str, ...]:
+    """Looks for steps that change nothing, or undo what was asked for.
+
+    Returns:
+      What is to be said of the others before work: chains that are seldom meant.
+    Raises:
+      InputError: a correction of a weight that nothing has changed, which is zero; a weight rounded
+        twice, which has the error of both; a rotation, or a rounding of inputs, of what has one.
+    """
+    seen = _Seen()
+    for step in recipe.steps:
+        seen.add(step)
+    return tuple(seen.notes)
+
+
+@dataclass
+class _Seen:
+    """What the steps so far have made of a weight: names of steps, '' where there is none.
+
+    Attributes:
+      changed: the first that leaves something to make up for.
+      rounded: the last that made a base of few bits.
+      turned: what has been rotated: 'input', 'output'.
+    """
+
+    changed: str = ""
+    rounded: str = ""
+    grid: str = ""
+    turned: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        row = METHODS.get(step.name)
+        room = "" if row is None else row.factory.split(".")[1]
+        # A step that is no row of the table may do anything.
+        look = getattr(self, f"_add_{room}", None)
+        if look is None:
+            self.changed = self.changed or step.name
+        else:
+            look(step)
+
+    def _round(self, step: Step) -> None:
+        if self.rounded:
+            raise InputError(
+                f"recipe: {step.name} would round what {self.rounded} has rounded, and keep the "
+                "error of both; leave one of them out"
+            )
+        self.rounded, self.changed = step.name, self.changed or step.name
+
+    def _add_quantizers(self, step: Step) -> None:
+        if step.arguments.get("init") != "base":  # bcq's, which writes the same weight otherwise
+            self._round(step)
+
+    def _add_sparsifiers(self, step: Step) -> None:
+        if step.arguments.get("bits") is not None:
+            self._round(step)
+        self.changed = self.changed or step.name
+
+    def _add_compensation(self, step: Step) -> None:
+        if step.name in ("quantize_adapter", "merge"):  # they look for an adapter themselves
+            return
+        if step.arguments.get("quantizer") is not None:
+            if self.rounded:
+                self.notes.append(
+                    f"recipe: {step.name} makes a base of its own in the place of {self.rounded}'s"
+                )
+            self.rounded, self.changed = step.name, self.changed or step.name
+        elif not self.changed:
+            raise InputError(
+                f"recipe: no step before {step.name} changes a weight, so its correction would be "
+                f"zero and take room; put it after one that does, as in rtn(bits=2) | {step.name}()"
+            )
+
+    def _add_transforms(self, step: Step) -> None:
+        if step.name == "quantize_input":
+            if self.grid:
+                raise InputError(
+                    "recipe: the inputs are rounded twice, and the last quantize_input would be "
+                    "all that is left; leave one of them out"
+                )
+            self.grid = step.name
+            return
+        sides = {side for side in ("input", "output") if step.arguments.get(side)}
+        if sides and sides <= self.turned:
+            raise InputError(
+                f"recipe: a second {step.name} of the {' and '.join(sorted(sides))} changes "
+                "nothing, as it is rotated already; leave one of them out"
+            )
+        self.turned |= sides
+
+    def _add_trainings(self, step: Step) -> None:
+        if step.scope == "block":
+            if self.rounded:
+                self.notes.append(
+                    f"recipe: {step.name} begins at what {self.rounded} has rounded, and rounds "
+                    "that again"
+                )
+            self.rounded = step.name
+        elif not self.changed and "text" not in METHODS[step.name].statistics:
+            self.notes.append(
+                f"recipe: no step before {step.name} changes a weight, so there is no error to "
+                "train away; its adapters learn the text alone"
+            )
+        self.changed = self.changed or step.name

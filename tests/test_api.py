@@ -148,7 +148,7 @@ def test_what_reads_back_otherwise_is_given_no_name(folder, small, monkeypatch):
 
     run = partial(lqec.compress, folder / "model", RTN, TOKENS, seqlen=SEQLEN, out=folder / "bad")
     with monkeypatch.context() as patch:
-        patch.setattr("lqec_jax.api.load_artifact", damage)
+        patch.setattr("lqec_jax.io.artifact.artifact.load_artifact", damage)
         with pytest.raises(OSError, match="what was read back is not what was written"):
             run()
     assert not (folder / "bad").exists()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import lqec_jax as lqec
-from lqec_jax import api
 from lqec_jax.io import files, tensor_file
+from lqec_jax.io.artifact import artifact
 from lqec_jax.io.sources import source
 from lqec_jax.io.tensor_file import read_header
 from tests.golden.tiny_checkpoint import RTN, SEQLEN, make_tokens, write_checkpoint
@@ -56,7 +56,7 @@ class Meter:
     def __init__(self, monkeypatch):
         self.read, self.written, self.before = Counter(), Counter(), None
         fromfile, opened = np.fromfile, Path.open
-        save, load = files.save_file, api.load_artifact
+        save, load = files.save_file, artifact.load_artifact
 
         def count_array(path, dtype, count, offset):
             array = fromfile(path, dtype, count, offset=offset)
@@ -81,7 +81,7 @@ class Meter:
         monkeypatch.setattr(np, "fromfile", count_array)
         monkeypatch.setattr(Path, "open", count_file)
         monkeypatch.setattr(files, "save_file", count_saved)
-        monkeypatch.setattr(api, "load_artifact", look)
+        monkeypatch.setattr(artifact, "load_artifact", look)
 
     def note(self, path, size):
         self.read[self.place(Path(path))] += size

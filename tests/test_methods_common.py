@@ -20,7 +20,7 @@ from lqec_jax.core.types import CompressedLinear, LinearProblem, LinearStats, St
 from lqec_jax.io.artifact.leaves import flatten, unflatten
 from lqec_jax.methods import METHODS, find_factory
 from lqec_jax.recipe import parse_recipe
-from lqec_jax.runs.linears import preview_leaf
+from lqec_jax.runs.linears import apply_steps, preview_leaf
 from lqec_kernels.formats import Affine, Dense
 from lqec_kernels.packing import unpack
 
@@ -388,6 +388,41 @@ def test_a_quantizer_is_no_worse_than_rounding_at_what_it_says_it_lowers(text):
 @over(that_keep("a power of two goes through", QUANTIZERS))
 def test_a_power_of_two_goes_through(text):
     np.testing.assert_array_equal(solve(text, 32 * GAUSSIAN)[1], 32 * solve(text)[1])
+
+
+def test_weights_of_every_size_are_stored_alike():
+    # One recipe a format: what is computed in units of the weight is the same for every method.
+    for text in (
+        "rtn(bits=2, group_size=16)", "hqq(bits=4, group_size=16)", "nf(bits=4)",
+        "bcq(bits=2, group_size=16)", "squeezellm(bits=2, weights='ones')",
+        "rtn(bits=2, group_size=16) | svd(rank=4) | quantize_adapter(bits=4)",
+    ):  # fmt: skip
+        errors = {std: store_and_measure(text, std) for std in (1, 1e-30, 1e-7, 1e-5, 1e5, 1e30)}
+        for error in errors.values():
+            assert error == pytest.approx(errors[1], rel=0.02), (text, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_method_stores_weights_of_every_size(name):
+    text = f"{name}({VARIANTS[name].rungs[0]})"
+    if text in COMPENSATIONS:
+        text = " | ".join({EVERY[0]: 1, BEGINS_AFTER.get(name, EVERY[0]): 1, text: 1})
+    for std in (1e-7, 1e-5, 1e5):
+        assert store_and_measure(text, std) <= 1.02 * store_and_measure(text, 1.0) + 1e-6
+
+
+def store_and_measure(recipe: str, std: float) -> float:
+    """Returns ||w - ŵ||² / ||w||² of what the driver stores of a weight of this size."""
+    w, x = np.float32(std) * GAUSSIAN, INPUTS["gaussian"]
+    stats = {name: jnp.asarray(of(x)) for name, of in STATISTICS.items()}
+    problem = LinearProblem(jnp.asarray(w), LinearStats(**stats), jax.random.key(0))
+    steps = parse_recipe(recipe).steps
+    leaf, report = apply_steps("w", steps, problem, CompressedLinear(Dense(problem.w)))
+    dense, exact = np.asarray(leaf.dense(), np.float64), np.asarray(w, np.float64)
+    error = np.sum((exact - dense) ** 2) / np.sum(exact**2)
+    assert report["relative_error"] == pytest.approx(error, rel=1e-3, abs=1e-9)
+    return error
 
 
 @over(EVERY)

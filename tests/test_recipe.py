@@ -1,10 +1,12 @@
 """Recipes: parsed, never evaluated; refused in one line."""
 
+from dataclasses import replace
+
 import pytest
 
 from lqec_jax.errors import InputError
 from lqec_jax.methods import METHODS
-from lqec_jax.recipe import LONGEST, Recipe, parse_recipe
+from lqec_jax.recipe import LONGEST, Recipe, check_chain, parse_recipe
 
 MAIN = "rtn(bits=2, group_size=64) | rilq(rank=16)"
 
@@ -188,3 +190,64 @@ def test_a_long_recipe_is_quoted_in_short():
 def test_the_largest_batch_is_of_model_steps_alone():
     assert parse_recipe("omniquant(batch=16)").largest_batch == 0
     assert parse_recipe("rtn | rilq(batch=2) | merge | lrec(batch=6)").largest_batch == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("svd() | rtn()", "no step before svd changes a weight"),
+        ("hadamard() | qera()", "no step before qera changes a weight"),
+        ("quantize_input() | lq_lora()", "no step before lq_lora changes a weight"),
+        ("rtn(bits=2) | gptq(bits=4)", "gptq would round what rtn has rounded"),
+        ("rtn() | rtn()", "rtn would round what rtn has rounded"),
+        ("rtn() | rilq() | nf()", "nf would round what rtn has rounded"),
+        ("loftq(quantizer=nf(bits=2)) | rtn()", "rtn would round what loftq has rounded"),
+        ("apiq() | gptq()", "gptq would round what apiq has rounded"),
+        ("nf() | sparsegpt(bits=4)", "sparsegpt would round what nf has rounded"),
+        ("hadamard() | hadamard()", "a second hadamard of the input changes nothing"),
+        ("hadamard(output=True) | hadamard(input=False, output=True)", "of the output changes"),
+        ("quantize_input() | quantize_input(format='int')", "the inputs are rounded twice"),
+    ],
+)
+def test_a_chain_that_is_good_for_nothing_is_refused_where_it_is_run(text, reason):
+    recipe = parse_recipe(text)  # read it is, as of an artifact that was made by it
+    with pytest.raises(InputError, match=reason) as caught:
+        check_chain(recipe)
+    assert str(caught.value).startswith("recipe: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rtn() | svd() | svd() | rilq() | quantize_adapter()",
+        "wanda() | rtn() | slim_lora()",
+        "rtn() | bcq(init='base')",
+        "nf() | sparsegpt()",
+        "hadamard() | hadamard(input=False, output=True) | e8p()",
+        "magnitude() | svd()",
+        "gptq() | e2e_qp() | lrec()",
+        "quantize_input() | caldera(quantizer=gptq(bits=2))",
+        "finetune(rank=4)",
+    ],
+)
+def test_a_chain_that_is_good_for_something_passes(text):
+    assert check_chain(parse_recipe(text)) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rilq()", "no step before rilq changes a weight"),
+        ("hadamard() | lrec()", "no step before lrec changes a weight"),
+        ("rtn() | loftq(quantizer=nf(bits=2))", "loftq makes a base of its own in the place of rt"),
+        ("gptq() | block_ap()", "block_ap begins at what gptq has rounded"),
+    ],
+)
+def test_a_chain_that_is_seldom_meant_is_said(text, said):
+    (line,) = check_chain(parse_recipe(text))
+    assert line.startswith(f"recipe: {said}")
+
+
+def test_steps_of_ones_own_may_do_anything():
+    (svd,) = parse_recipe("svd()").steps
+    assert check_chain(Recipe((replace(svd, name="mine"), svd))) == ()

@@ -78,8 +78,8 @@ class QuantizedLowRank:
 def round_columns(w: jax.Array, bits: int, group_size: int | None) -> Affine:
     """Rounds every column in groups to 2M + 1 levels up to the group's largest magnitude.
 
-    A scale too small or too large for float16 becomes its smallest normal or its largest number,
-    and what lies beyond it is clipped.
+    A scale too small or too large for float16 becomes its smallest or its largest number, and what
+    lies beyond it is clipped.
 
     Args:
       w: floating [..., d_in, d_out].
@@ -90,9 +90,9 @@ def round_columns(w: jax.Array, bits: int, group_size: int | None) -> Affine:
     size = divide(d_in, group_size)
     groups = w.astype(jnp.float32).reshape(*lead, d_in // size, size, d_out)  # [..., g, size, n]
     most = 2 ** (bits - 1) - 1
-    limits = jnp.finfo(jnp.float16)
+    least, largest = float(jnp.finfo(jnp.float16).smallest_subnormal), jnp.finfo(jnp.float16).max
     absmax = jnp.max(jnp.abs(groups), axis=-2, keepdims=True)
-    scales = jnp.clip(absmax / most, limits.tiny, limits.max).astype(jnp.float16)
+    scales = jnp.clip(absmax / most, least, largest).astype(jnp.float16)
     codes = jnp.clip(jnp.round(groups / scales.astype(jnp.float32)), -most, most) + 2 ** (bits - 1)
     codes = codes.astype(jnp.uint8).reshape(*lead, d_in, d_out)  # [..., d_in, d_out]
     return Affine.from_codes(codes, scales[..., 0, :], None, bits=bits, group_size=size)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_choice, check_int, check_rank, resolve_rank
 from lqec_jax.core.bases import replace_base
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, TrainingStep, run_linear
 from lqec_jax.errors import InputError
 from lqec_kernels.formats import ChannelScale, CompressedLinear, Dense, LowRank
@@ -225,7 +226,7 @@ def add_correction(leaf: CompressedLinear, correction: Any) -> CompressedLinear:
 
 def store(a: jax.Array, b: jax.Array, dtype: str) -> LowRank:
     """Makes the correction of two factors, as they are stored."""
-    return LowRank(a.astype(jnp.dtype(dtype)), b.astype(jnp.dtype(dtype)))
+    return LowRank(store_number(a, jnp.dtype(dtype)), store_number(b, jnp.dtype(dtype)))
 
 
 def describe(errors: Any, won: Any) -> tuple[str, ...]:

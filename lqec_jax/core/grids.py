@@ -12,6 +12,8 @@ the same numbers to the bit and differ in their gradient, which passes a roundin
 import jax
 import jax.numpy as jnp
 
+from lqec_jax.core.scales import store_scale
+
 # Clips tried by the search: the whole range down to a fifth of it in steps of one percent.
 SHRINKS = 80
 SHRINK_STEP = 0.01
@@ -38,11 +40,9 @@ def fit_grid(lo: jax.Array, hi: jax.Array, bits: int, *, symmetric: bool, dtype)
     """Returns (scales, zeros) for a range, the scales as they will be stored.
 
     Scales are rounded to `dtype` here, before any code is computed, so that the model in memory is
-    the model on disk. A scale too small or too large for `dtype` becomes its smallest normal or its
-    largest number.
+    the model on disk; see `scales.store_scale`.
     """
-    stored = ((hi - lo) / (2**bits - 1)).astype(dtype)
-    scales = jnp.clip(stored, jnp.finfo(dtype).tiny, jnp.finfo(dtype).max)
+    scales = store_scale((hi - lo) / (2**bits - 1), dtype)
     middle = jnp.full(scales.shape, 2.0 ** (bits - 1), jnp.float32)
     zeros = middle if symmetric else jnp.round(-lo / scales.astype(jnp.float32))
     return scales, jnp.clip(zeros, 0, 2**bits - 1)

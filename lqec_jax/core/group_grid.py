@@ -1,6 +1,6 @@
 """A uniform grid per group of inputs, as the arguments of a method describe it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
-from lqec_kernels.formats import Affine
+from lqec_jax.core.scales import suit_dtype
+from lqec_kernels.formats import Affine, CompressedLinear
 
 # What a clip search may lower, and the exponent of the error in it; 2.4 is GPTQ's.
 SEARCHES = {"weight": 2.4, "output": 2.0}
@@ -68,6 +69,11 @@ class GroupGrid:
         zeros = None if self.symmetric else zeros.astype(jnp.uint8)
         size = codes.shape[0] // scales.shape[0]
         return Affine.from_codes(codes, scales, zeros, bits=self.bits, group_size=size)
+
+
+def suit_grid(grid: GroupGrid, leaf: CompressedLinear) -> GroupGrid:
+    """Returns the grid on which a weight is trained, see `scales.suit_dtype`."""
+    return replace(grid, dtype=suit_dtype(grid.dtype, leaf))
 
 
 def make_grid(

@@ -16,7 +16,7 @@ from lqec_jax.errors import InputError, did_you_mean
 from lqec_jax.foreign import axes as kernel_axes
 from lqec_jax.foreign import linen
 from lqec_jax.foreign.kernel import PackedKernel, box, to_matrix
-from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.recipe import Recipe, check_chain, parse_recipe
 from lqec_jax.runs.linears import apply_steps, preview_leaf
 from lqec_kernels.formats import CompressedLinear, Dense
 
@@ -87,6 +87,7 @@ def quantize_tree(
         raise InputError(f"quantize_tree: nothing to compress; {path} is left: {reason}")
     inputs = _check_inputs(recipe, plan, shapes, inputs or {})
     _check_weights(recipe, plan, weights)
+    check_chain(recipe)
     kernels, linears = {}, []
     for number, (path, letters) in enumerate(plan.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
@@ -275,7 +276,9 @@ def _compress(
         matrix = to_matrix(w[index], letters[len(stack) :])
         stats = collect([x[layer]], recipe.needs) if recipe.needs else LinearStats()
         problem = LinearProblem(matrix, stats, jax.random.fold_in(key, layer))
-        leaf, entry = apply_steps(name, recipe.steps, problem, CompressedLinear(Dense(matrix)))
+        tokens = x.shape[1] if recipe.needs else None
+        start = CompressedLinear(Dense(matrix))
+        leaf, entry = apply_steps(name, recipe.steps, problem, start, tokens)
         leaves.append(leaf)
         entries.append(entry)
     return box(leaves, w, letters), entries

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.bitplanes import BitPlanes
@@ -128,8 +129,7 @@ def store(factors: jax.Array, bits: int, dtype) -> jax.Array:
     """Orders α from large to small, none negative, and rounds all to their stored values."""
     alphas = jnp.flip(jnp.sort(jnp.abs(factors[:bits]), axis=0), axis=0)
     factors = jnp.concatenate([alphas, factors[bits:]])
-    most = float(jnp.finfo(dtype).max)
-    return jnp.clip(factors, -most, most).astype(dtype).astype(jnp.float32)
+    return store_number(factors, dtype).astype(jnp.float32)
 
 
 def level_of(code, factors: jax.Array, bits: int) -> jax.Array:
@@ -174,8 +174,7 @@ def recode(base: Affine) -> BitPlanes:
     scales = scales.astype(jnp.float32)
     zeros = 2.0 ** (base.bits - 1) if zeros is None else zeros.astype(jnp.float32)
     alphas = jnp.stack([scales * 2.0 ** (i - 1) for i in range(base.bits)])
-    most = float(jnp.finfo(base.scales.dtype).max)
-    alphas = jnp.minimum(alphas, most).astype(base.scales.dtype)
+    alphas = store_number(alphas, base.scales.dtype)
     shifts = scales * ((2**base.bits - 1) / 2 - zeros)
     signs = split_bits(unpack(words, base.bits, base.d_in), base.bits)
     return BitPlanes.from_signs(signs, alphas, shifts, group_size=base.group_size)

@@ -23,6 +23,7 @@ from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int
 from lqec_jax.core.bases import base_target, replace_base
 from lqec_jax.core.rotations import largest_block, rotate_inputs
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.codebook import Codebook
 from lqec_kernels.formats import CompressedLinear
@@ -44,7 +45,7 @@ def quantize(w: jax.Array, table: str, group_size: int, dtype=jnp.float16) -> Co
     d_in, d_out = w.shape
     grouped = grids.group_rows(w, group_size)
     rms = jnp.sqrt(jnp.mean(jnp.square(grouped), axis=1, keepdims=True))
-    scales = jnp.minimum(rms, jnp.finfo(dtype).max).astype(dtype)  # [groups, 1, d_out]
+    scales = store_number(rms, dtype)  # [groups, 1, d_out]
     stored = scales.astype(jnp.float32)
     unit = grouped / jnp.where(stored == 0, 1.0, stored)
     found = find_table(table)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.codebook import Codebook, DoubleScales
 from lqec_kernels.formats import CompressedLinear
@@ -42,7 +43,7 @@ def quantize(w, bits: int, group_size: int | None, *, double=False, dtype=jnp.fl
         stored = DoubleScales.from_scales(absmax)
         scales = stored.dense()
     else:
-        stored = scales = jnp.minimum(absmax, jnp.finfo(dtype).max).astype(dtype)
+        stored = scales = store_number(absmax, dtype)
     scales = scales.astype(jnp.float32)[:, None]
     unit = grouped / jnp.where(scales == 0, 1.0, scales)
     table = find_table(f"nf{bits}")

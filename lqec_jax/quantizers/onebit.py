@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, resolve_group
 from lqec_jax.core.bases import base_target, replace_base, scale_inputs
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import CompressedLinear
@@ -46,7 +47,7 @@ def quantize(w, group_size: int, *, dtype=jnp.float16) -> tuple[BitPlanes, jax.A
     # The unit of the weight is in a; b would else lose its small entries to float16.
     b = fit_inputs(size).astype(dtype)
     a = project(size, b.astype(jnp.float32), axis=1)
-    a = jnp.minimum(a, float(jnp.finfo(dtype).max)).astype(dtype)
+    a = store_number(a, dtype)
     base = BitPlanes.from_signs((w >= 0)[None], a[None, :, 0], None, group_size=group_size)
     return base, b.reshape(-1)  # [d_in]
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lqec_jax.core.arguments import check_choice, check_int, check_number
 from lqec_jax.core.bases import base_target, inner_rms, replace_base
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, channel_error, weight_error
 from lqec_jax.errors import InputError
 from lqec_kernels.codebook import Codebook
@@ -122,8 +123,7 @@ def _means(x: jax.Array, mass: jax.Array, moment: jax.Array, cuts: jax.Array) ->
 
 def quantize(w: jax.Array, weight: jax.Array, bits: int, *, dtype=jnp.float16) -> Codebook:
     """Takes every weight to the nearest of its column's levels, as they are stored."""
-    most = float(jnp.finfo(dtype).max)
-    levels = jnp.clip(fit_levels(w, weight, bits), -most, most).astype(dtype)
+    levels = store_number(fit_levels(w, weight, bits), dtype)
     stored = levels.astype(jnp.float32)
     between = (stored[:-1] + stored[1:]) / 2
 
@@ -243,7 +243,5 @@ def _add_outliers(leaf: CompressedLinear, w: jax.Array, places: jax.Array) -> Co
     """Adds the correction that makes the weight exact at the outliers, to float16 of the rest."""
     rows, columns = _sides(leaf, "outliers")
     missing = (rows * (w - leaf.base.dense()) * columns).reshape(-1)[places]
-    most = float(jnp.finfo(jnp.float16).max)
-    values = jnp.clip(missing, -most, most).astype(jnp.float16)
-    correction = Outliers(places, values, *w.shape)
+    correction = Outliers(places, store_number(missing, jnp.float16), *w.shape)
     return replace(leaf, corrections=(*leaf.corrections, correction))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lqec_jax.core import grids
 from lqec_jax.core.arguments import check_choice, check_int, check_number, resolve_group
 from lqec_jax.core.bases import base_target, replace_base
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.types import LinearProblem, LinearStep, weight_error
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import CompressedLinear
@@ -38,8 +39,7 @@ def quantize(w, group_size: int, *, threshold=0.7, shift=True, dtype=jnp.float16
     delta = threshold * jnp.mean(jnp.abs(grouped), axis=1, keepdims=True)
     signs = jnp.stack([grouped >= -delta, grouped > delta])  # T = (B_0 + B_1) / 2
     alphas, shifts = fit(grouped, signs, shift=shift)
-    most = float(jnp.finfo(dtype).max)
-    alphas, shifts = (jnp.clip(a[:, 0], -most, most).astype(dtype) for a in (alphas / 2, shifts))
+    alphas, shifts = (store_number(a[:, 0], dtype) for a in (alphas / 2, shifts))
     return BitPlanes.from_signs(
         signs.reshape(2, *w.shape),  # [2, d_in, d_out]
         alphas[None],

@@ -63,6 +63,11 @@ class BlockChain:
     fisher: Callable[[int], Mapping[str, Any]]
     progress: Callable[[int, int, str], None]
 
+    @property
+    def tokens(self) -> int:
+        """Returns of how many tokens statistics are."""
+        return self.train * self.streams.walked["student"].shape[1]
+
     def run(self, layer: int, dense: Params, block: Params, steps: Sequence[Step]) -> Chained:
         """Runs the steps on one block, given dense and as the phase before left it.
 
@@ -101,7 +106,7 @@ class BlockChain:
                 own = replace(stats, fisher=fisher[path]) if fisher else stats
                 problem = LinearProblem(_weight(dense, path), own, key)
                 leaf = sites.get(block, path)
-                leaf, reports[name] = apply_steps(name, steps, problem, leaf)
+                leaf, reports[name] = apply_steps(name, steps, problem, leaf, self.tokens)
                 block = sites.put(block, path, leaf)
         return block, reports
 

@@ -203,7 +203,13 @@ def _read(model: Model, rows: Rows) -> tuple[Examples, Examples]:
     examples = read_examples(rows.data, model.tokenizer, rows.seqlen)
     if rows.val is not None:
         return examples, read_examples(rows.val, model.tokenizer, rows.seqlen)
-    check_number("finetune", "val_ratio", rows.val_ratio, 0.0, 1.0)
+    # All or none is refused: the best seen on rows that it is not trained on is what is kept.
+    ratio = check_number("finetune", "val_ratio", rows.val_ratio, 0.0, 1.0)
+    if not 0 < ratio < 1:
+        raise InputError(
+            f"finetune: val_ratio={ratio!r}; a fraction between 0 and 1 was wanted, such as 0.1, "
+            "or another file (--val)"
+        )
     count = len(examples.tokens)
     held = min(max(1, round(rows.val_ratio * count)), count - 1)
     if held < 1:
@@ -225,7 +231,10 @@ def _count_updates(rows: int, epochs: float | None, settings: Mapping[str, Any])
     if settings.get("updates") is not None or (epochs is None and settings.get("preset") == "slim"):
         return {}
     epochs = EPOCHS if epochs is None else epochs
-    check_number("finetune", "epochs", epochs, 0.0)
+    if check_number("finetune", "epochs", epochs, 0.0) == 0:
+        raise InputError(
+            "finetune: epochs=0 trains nothing; a number above 0 was wanted, a fraction of one too"
+        )
     batch = settings.get("batch") or finetune(**settings).arguments["batch"]
     check_int("finetune", "batch", batch, 1)
     updates = max(1, math.ceil(epochs * rows / batch))

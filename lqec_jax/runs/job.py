@@ -1,7 +1,7 @@
 """What a run is given, opened and checked before anything is computed or written."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.calibration.collect import STATISTICS, describe_tokens
 from lqec_jax.core.arguments import check_int
 from lqec_jax.core.hashing import hash_parts
 from lqec_jax.errors import InputError
@@ -16,7 +17,7 @@ from lqec_jax.io.carried import find_carried
 from lqec_jax.io.sources.source import Source, make_source, open_folder, read_source
 from lqec_jax.models.decoder import model_fns
 from lqec_jax.models.model import Model
-from lqec_jax.recipe import Recipe, parse_recipe
+from lqec_jax.recipe import Recipe, check_chain, parse_recipe
 from lqec_jax.runs.linears import preview
 from lqec_jax.runs.text import Text, read_text
 from lqec_kernels.formats import CompressedLinear
@@ -93,7 +94,15 @@ def prepare(
     text = read_text(source.config, source.tokenizer, calib, eval,
                      seqlen=seqlen, windows=windows, val_ratio=val_ratio)  # fmt: skip
     leaves = preview(model_fns(source.config), _linear_shapes(source.config), recipe)
+    said = (*text.notes, *check_chain(recipe), *_few_tokens(text, recipe, leaves))
+    text = replace(text, notes=said)
     return Job(source, recipe, text, seed, compute, leaves, windows)
+
+
+def _few_tokens(text: Text, recipe: Recipe, leaves: Mapping[str, CompressedLinear]) -> list[str]:
+    if not recipe.needs & STATISTICS.keys():
+        return []
+    return describe_tokens(text.train.size, max(leaf.d_in for leaf in leaves.values()))
 
 
 def resolve_dtype(dtype: str) -> Any:

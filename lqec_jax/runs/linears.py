@@ -1,6 +1,7 @@
 """Linear steps applied to one weight: for real, with a report, or on shapes alone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lqec_jax.calibration.collect import STATISTICS, describe_tokens
+from lqec_jax.core import scales
 from lqec_jax.core.arguments import check_all
 from lqec_jax.core.types import (
     LinearProblem,
@@ -18,7 +21,7 @@ from lqec_jax.core.types import (
     weight_error,
 )
 from lqec_jax.errors import InputError, NotFinite, did_you_mean
-from lqec_jax.recipe import Recipe
+from lqec_jax.recipe import Recipe, check_chain
 from lqec_kernels.formats import CompressedLinear, Dense
 
 WORSE = "the adapter raises the error that it is to lower; it is kept as it was asked for"
@@ -29,17 +32,26 @@ TOO_LARGE = (
 
 
 def apply_steps(
-    name: str, steps: Sequence[Step], problem: LinearProblem, leaf: CompressedLinear
+    name: str,
+    steps: Sequence[Step],
+    problem: LinearProblem,
+    leaf: CompressedLinear,
+    tokens: int | None = None,
 ) -> tuple[CompressedLinear, dict]:
-    """Runs linear steps on one weight.
+    """Runs linear steps on one weight, in its unit where float16 has no place for its scales.
 
+    Args:
+      tokens: of how many the statistics of its inputs are, where that is known.
     Returns:
       The compressed weight and its report: sizes, error, and what every step did to its objective.
     Raises:
       InputError: a step refuses this weight; the weight's name is put before its reason.
       NotFinite: a step made something that is not finite.
     """
-    entries = []
+    unit, w, entries = scales.find_exponent(problem.w), problem.w, []
+    if unit:
+        problem = replace(problem, w=scales.times_power(w, -unit))
+        leaf = scales.rescale(leaf, -unit)
     for step in steps:
         had = len(leaf.corrections)
         try:
@@ -49,6 +61,8 @@ def apply_steps(
         if not np.isfinite(after):
             raise NotFinite(f"{step.name} made {name} non-finite ({step} -> {after}); {TOO_LARGE}")
         notes = _notes(step, facts)
+        if tokens is not None and step.needs & STATISTICS.keys():
+            notes += describe_tokens(tokens, leaf.d_in)
         # Before a step that quantizes too, the error is that of the dense weight: 0.
         if len(leaf.corrections) > had and after > before > 0:
             notes.append(WORSE)
@@ -56,12 +70,19 @@ def apply_steps(
             {"method": step.name, "objective": step.objective_name, "before": float(before),
              "after": float(after), "notes": notes}
         )  # fmt: skip
-    return leaf, {**describe(name, problem.w, leaf), "steps": entries}
+    stored = scales.rescale(leaf, unit) if unit else leaf
+    if entries:
+        entries[-1]["notes"] += scales.describe(leaf, stored, unit)
+    return stored, {**describe(name, w, stored), "steps": entries}
 
 
 def describe(name: str, w: jax.Array, leaf: CompressedLinear) -> dict:
     """Returns what is reported of a compressed weight, whatever made it."""
-    error = _relative_error(w, leaf)
+    unit = scales.find_exponent(w)
+    if unit:  # squares of small weights would be zero, those of large ones infinite
+        error = _relative_error(scales.times_power(w, -unit), scales.rescale(leaf, -unit))
+    else:
+        error = _relative_error(w, leaf)
     return {
         "path": name,
         "d_in": leaf.d_in,
@@ -80,16 +101,19 @@ def preview(fns: ModelFns, shapes: dict[str, tuple[int, int]], recipe: Recipe) -
       path -> CompressedLinear of `jax.ShapeDtypeStruct`.
     Raises:
       InputError: a step refuses a shape; the paths are named. A step leaves out what is not there.
+        Steps that cannot be good for anything, see `recipe.check_chain`.
     """
     for step in recipe.steps:
         for path in sorted(step.leave_out - set(fns.linears)):
             hint = did_you_mean(path, fns.linears)
             raise InputError(f"{step.name}: leave_out names no linear of a block: {path!r}{hint}")
-    return check_all(
+    leaves = check_all(
         lambda path: preview_leaf(recipe, *shapes[path], path),
         {path: shapes[path] for path in fns.linears},
         "every block's ",
     )
+    check_chain(recipe)
+    return leaves
 
 
 def preview_leaf(

@@ -106,13 +106,16 @@ def fit_weights(training: Any, problem: BlockProblem) -> Solution:
     block, curves, notes = problem.block, [], []
     session = problem.work.session or NoSession()
     looks, total = -(-training.schedule.updates // LOOK_EVERY), len(problem.fns.linears)
-    descend = _compile_descent(training.parts, training.loss.aug, problem.student.shape[-1], looks)
+    aug, width = training.loss.aug, problem.student.shape[-1]
     for group in problem.fns.linear_groups:
         trained = tuple(path for path in group if path not in training.leave_out)
         moments = collect_moments(problem, block, trained) if trained else {}
         for path in trained:
             w = sites.get(problem.dense, path).astype(jnp.float32)
-            stored, found = descend(sites.get(block, path), w, moments[path])
+            leaf = sites.get(block, path)
+            parts = tuple(part.suit(leaf) for part in training.parts)
+            descend = _compile_descent(parts, aug, width, looks)
+            stored, found = descend(leaf, w, moments[path])
             block = sites.put(block, path, stored)
             curves.append(Curve(*jax.device_get(found)))
             notes += curves[-1].describe(path)

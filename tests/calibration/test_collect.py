@@ -1,6 +1,10 @@
 """Statistics of a linear's inputs against float64 numpy, over batches of unequal size."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +47,51 @@ def test_the_gram_and_the_mean_size_are_over_the_tokens_of_all_batches():
 
 def test_products_are_asked_for_in_full_precision():
     x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
-    (product,) = [e for e in jax.make_jaxpr(STATISTICS["gram"].add)(x).eqns if "dot" in str(e)]
-    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
+    program = str(jax.make_jaxpr(STATISTICS["gram"].add)(x))
+    # In our order, and in that of an accelerator.
+    assert program.count("dot_general[") == 2
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 128, 129, 300])
+def test_sums_in_our_order_are_the_sums(tokens):
+    x = np.random.default_rng(tokens).integers(-9, 9, (tokens, 5)).astype(np.float32)
+    y = x[:, ::-1]  # integers: every order gives the same
+    np.testing.assert_array_equal(module.sum_rows(jnp.asarray(x)), x.sum(0))
+    np.testing.assert_array_equal(module.sum_products(x, y), x.T @ y)
+
+
+# Sizes at which XLA's own sums have other bits on one thread than on two or on four.
+ON_THREADS = """
+import numpy as np, hashlib, jax.numpy as jnp
+from lqec_jax.calibration.collect import collect
+from lqec_jax.core.group_grid import GroupGrid
+from lqec_jax.quantizers.gptq import quantize
+rng, digest = np.random.default_rng(0), hashlib.sha256()
+for tokens, d in ((1024, 192), (512, 64), (384, 128)):
+    x = rng.standard_normal((tokens, d)).astype(np.float32)
+    stats = collect([jnp.asarray(x)], frozenset({"gram", "rms", "absmean"}))
+    for array in (stats.gram, stats.rms, stats.absmean):
+        digest.update(np.asarray(array).tobytes())
+w = jnp.asarray(rng.standard_normal((128, 64)), jnp.float32)
+base, _ = quantize(w, stats.gram, GroupGrid(2, 32, clip_search="weight"))
+digest.update(np.asarray(base.codes).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_statistics_and_codes_do_not_depend_on_the_number_of_threads():
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (root, root / "kernels")))
+
+    def run(threads: str) -> str:
+        # XLA's threads; LAPACK's are one, as the README asks for.
+        env = os.environ | {"NPROC": threads, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-c", ON_THREADS], env=env, check=True, text=True,
+                              stdout=subprocess.PIPE).stdout  # fmt: skip
+
+    one, two, four = map(run, "124")
+    assert len(one.strip()) == 64 and one == two == four
 
 
 def test_a_gram_that_is_too_large_grows_in_a_file(monkeypatch, tmp_path):
@@ -81,3 +128,9 @@ def test_only_what_is_asked_for_is_set(needs):
 
 def test_every_field_is_a_statistic_of_inputs_or_a_gradient():
     assert set(STATISTICS) | {"fisher"} == FIELDS
+
+
+def test_statistics_of_few_tokens_are_said():
+    (line,) = module.describe_tokens(16, 192)
+    assert line.startswith("statistics: of 16 tokens for 192 inputs, fewer than 2 an input")
+    assert module.describe_tokens(383, 192) and module.describe_tokens(384, 192) == []

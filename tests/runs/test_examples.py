@@ -133,6 +133,10 @@ def test_a_training_that_gains_nothing_leaves_what_was_measured(model, tmp_path)
         ({"rang": 4}, "no setting 'rang'; did you mean 'rank'"),
         ({"epochs": 1, "updates": 3}, "epochs and updates both"),
         ({"epochs": -1.0}, "a number >= 0"),
+        ({"epochs": 0}, "epochs=0 trains nothing"),
+        ({"updates": 0}, "updates=0"),
+        ({"val_ratio": 0}, "val_ratio=0; a fraction between 0 and 1"),
+        ({"val_ratio": 1.0}, "val_ratio=1.0; a fraction between 0 and 1"),
         ({"batch": 0}, "batch=0"),
     ],
 )

@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.integer_weights import as_words, is_packed, read_affine, read_scales
-from lqec_jax.io.exports.walk import Placed, cast, to_stored, walk, write_config
+from lqec_jax.io.exports.integer_weights import (
+    as_words,
+    cast_scales,
+    is_packed,
+    read_affine,
+    read_scales,
+)
+from lqec_jax.io.exports.walk import Placed, to_stored, walk, write_config
 from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models.model import Model
 from lqec_kernels.formats import Affine
@@ -127,5 +133,5 @@ def _stored(
         return
     base = read_affine(placed, "compressed-tensors", WIDTHS)
     for name, array in pack_linear(base).items():
-        floating = cast(array, scales, placed.path) if name == "weight_scale" else array
+        floating = cast_scales(array, scales, placed.path) if name == "weight_scale" else array
         yield f"{placed.module}.{name}", floating

@@ -12,13 +12,15 @@ import numpy as np
 from lqec_jax.errors import InputError
 from lqec_jax.io.exports.integer_weights import (
     as_words,
+    cast_scales,
+    describe_wide,
     is_packed,
     pack_rows,
     read_affine,
     read_scales,
     read_zeros,
 )
-from lqec_jax.io.exports.walk import Placed, cast, to_stored, walk, write_config
+from lqec_jax.io.exports.walk import Placed, to_stored, walk, write_config
 from lqec_jax.io.files import write_json
 from lqec_jax.io.tensor_file import write_weights
 from lqec_jax.models.model import Model
@@ -61,7 +63,8 @@ def write(
     write_weights(folder, tensors)
     write_config(model, folder, dtype, quantization)
     write_json(folder / CONFIG, quantization)
-    return _notes(bits, symmetric, gptq_version)
+    bases = (read_affine(placed, "gptq", WIDTHS) for placed in walk(model) if is_packed(placed))
+    return _notes(bits, symmetric, gptq_version) + describe_wide("gptq", bases)
 
 
 def pack_linear(base: Affine, version: int, path: str) -> dict[str, np.ndarray]:
@@ -93,7 +96,7 @@ def _stored(
         return
     base = read_affine(placed, "gptq", WIDTHS)
     for name, array in pack_linear(base, version, placed.path).items():
-        floating = cast(array, dtype, placed.path) if name == "scales" else array
+        floating = cast_scales(array, dtype, placed.path) if name == "scales" else array
         yield f"{placed.module}.{name}", floating
 
 

@@ -3,11 +3,13 @@
 Both keep codes as one little-endian stream of bits per output channel, which is how ours lie.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from lqec_jax.core.tree import is_compressed
 from lqec_jax.errors import InputError
-from lqec_jax.io.exports.walk import Placed
+from lqec_jax.io.exports.walk import Placed, cast
 from lqec_kernels.formats import Affine, Dense
 
 
@@ -52,6 +54,40 @@ def read_affine(placed: Placed, format: str, widths: tuple[int, ...]) -> Affine:
 def read_scales(base: Affine) -> np.ndarray:
     """Returns scales [groups, d_out] as stored; one scale of a whole weight is written out."""
     return np.asarray(base.columns()[1])
+
+
+def cast_scales(scales: np.ndarray, dtype: np.dtype | None, path: str) -> np.ndarray:
+    """Rounds scales to `dtype`; None leaves them.
+
+    Raises:
+      InputError: one is beyond the dtype's range, or so small that it would be zero there.
+    """
+    rounded = cast(scales, dtype, path)
+    lost = int(np.count_nonzero((rounded == 0) & (scales != 0)))
+    if lost:
+        raise InputError(
+            f"export: {path} has {lost} scales that {rounded.dtype.name} takes for zero; choose "
+            "--dtype bfloat16 or float32"
+        )
+    return rounded
+
+
+def describe_wide(format: str, bases: Iterable[Affine]) -> list[str]:
+    """Returns what a reader should know of scales that float16 does not hold, in one line."""
+    wide = sum(not _is_half(read_scales(base)) for base in bases)
+    if not wide:
+        return []
+    return [
+        f"{wide} linears have float32 scales that float16 does not hold; a reader that keeps "
+        f"{format} scales in float16 rounds or loses them"
+    ]
+
+
+def _is_half(scales: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16).astype(np.float32)
+    lost = np.abs(half - scales) > np.finfo(np.float16).eps * np.abs(scales)
+    return not lost.any()
 
 
 def read_zeros(base: Affine) -> np.ndarray:

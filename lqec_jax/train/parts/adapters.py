@@ -15,6 +15,7 @@ import optax
 from lqec_jax.core.arguments import check_choice, check_number, check_rank, resolve_rank
 from lqec_jax.core.bases import find_grid
 from lqec_jax.core.closed_form import balance, regress
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.tree import SELECTIONS
 from lqec_jax.errors import InputError
 from lqec_jax.train.parts.part import Part
@@ -192,7 +193,7 @@ def store_adapters(leaf: CompressedLinear, dtype: Any) -> CompressedLinear:
         if not isinstance(correction, LowRank):
             return correction
         a, b = balance(correction.a.astype(jnp.float32), correction.b.astype(jnp.float32))
-        return _with_factors(correction, a.astype(dtype), b.astype(dtype))
+        return _with_factors(correction, store_number(a, dtype), store_number(b, dtype))
 
     return dataclasses.replace(leaf, corrections=tuple(store(c) for c in leaf.corrections))
 

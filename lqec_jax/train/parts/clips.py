@@ -8,7 +8,7 @@ import optax
 
 from lqec_jax.core.bases import base_target, replace_base
 from lqec_jax.core.clipping import Clipped, read_clipped, start_clips, store_clipped
-from lqec_jax.core.group_grid import GroupGrid
+from lqec_jax.core.group_grid import GroupGrid, suit_grid
 from lqec_jax.train.parts.part import Part, attributes, put_weight
 from lqec_kernels.formats import CompressedLinear
 
@@ -26,9 +26,12 @@ class Clips(Part):
     grid: GroupGrid
     tiled: bool = True
 
+    def suit(self, leaf: CompressedLinear) -> "Clips":
+        return dataclasses.replace(self, grid=suit_grid(self.grid, leaf))
+
     def begin(self, leaf: CompressedLinear, key: jax.Array) -> CompressedLinear:
         clips = start_clips(leaf.d_in, leaf.d_out, self.grid, self.method)
-        base = Clipped(leaf.base, clips["upper"], clips.get("lower"), self.grid)
+        base = Clipped(leaf.base, clips["upper"], clips.get("lower"), self.suit(leaf).grid)
         return dataclasses.replace(leaf, base=base)
 
     def label(self, path: tuple, array: jax.Array) -> str | None:
@@ -37,12 +40,12 @@ class Clips(Part):
     def read(self, leaf: CompressedLinear) -> CompressedLinear | jax.Array:
         if self.tiled:
             return leaf
-        leaf, clips = _take(leaf)
-        return put_weight(leaf, read_clipped(base_target(leaf), clips, self.grid))
+        grid, (leaf, clips) = leaf.base.grid, _take(leaf)
+        return put_weight(leaf, read_clipped(base_target(leaf), clips, grid))
 
     def keep(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
-        leaf, clips = _take(leaf)
-        return replace_base(leaf, store_clipped(base_target(leaf), clips, self.grid))
+        grid, (leaf, clips) = leaf.base.grid, _take(leaf)
+        return replace_base(leaf, store_clipped(base_target(leaf), clips, grid))
 
     def optimizers(self, width: int, updates: int) -> dict[str, optax.GradientTransformation]:
         return {"clips": self.rates.chain(self.rates.lr, updates)}

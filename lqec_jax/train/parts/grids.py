@@ -11,7 +11,8 @@ import optax
 
 from lqec_jax.core import grids
 from lqec_jax.core.bases import base_target, replace_base
-from lqec_jax.core.group_grid import GroupGrid
+from lqec_jax.core.group_grid import GroupGrid, suit_grid
+from lqec_jax.core.scales import store_scale
 from lqec_jax.core.tree import SELECTIONS
 from lqec_jax.errors import InputError
 from lqec_jax.train.parts.part import Part, attributes, is_floating, put_weight, store_as
@@ -50,22 +51,17 @@ class Scales(Part):
 
         def store(path: tuple, array: jax.Array) -> jax.Array:
             dtype = dtypes.get(path, array.dtype)
-            return store_scale(dtype, array) if self.label(path, array) else array
+            stays = array.dtype == dtype or not self.label(path, array)
+            if stays:
+                return array
+            stored = store_scale(jnp.abs(array), dtype)  # a scale may have gone through zero
+            return jnp.where(array < 0, -stored, stored)
 
         return jax.tree_util.tree_map_with_path(store, leaf)
 
     def optimizers(self, width: int, updates: int) -> dict[str, optax.GradientTransformation]:
         lr = SCALE_LR if self.rates.lr is None else self.rates.lr
         return {self.kind: self.rates.chain(lr, updates, after=(times_value(),))}
-
-
-def store_scale(dtype: Any, scale: jax.Array) -> jax.Array:
-    """Returns scales in the dtype they are stored in, none of them zero or beyond its range."""
-    if scale.dtype == dtype:
-        return scale
-    limits = jnp.finfo(dtype)
-    stored = jnp.clip(jnp.abs(scale), limits.tiny, limits.max).astype(dtype)
-    return jnp.where(scale < 0, -stored, stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +150,7 @@ class OnGrid:
         w, scales, zeros = _fit(w, grid, self.moved.shape[-2])
         first = scales.astype(jnp.float32)
         exact = first * self.scales
-        limits = jnp.finfo(grid.dtype)
-        stored = jnp.clip(exact, limits.tiny, limits.max).astype(grid.dtype)
+        stored = store_scale(exact, grid.dtype)
         if self.zeros is not None:
             whole = jnp.clip(jnp.round(self.zeros), 0, 2**grid.bits - 1)
             zeros = grids.store_through(self.zeros, whole)
@@ -184,9 +179,12 @@ class Grid(Part):
     grid: GroupGrid
     grid_rates: Rates = Rates()
 
+    def suit(self, leaf: CompressedLinear) -> "Grid":
+        return dataclasses.replace(self, grid=suit_grid(self.grid, leaf))
+
     def begin(self, leaf: CompressedLinear, key: jax.Array) -> CompressedLinear:
         size = self.grid.size(self.method, leaf.d_in)
-        base = _compile_start(self.grid, size)(leaf)
+        base = _compile_start(self.suit(leaf).grid, size)(leaf)
         return dataclasses.replace(leaf, base=base)
 
     def label(self, path: tuple, array: jax.Array) -> str | None:
@@ -203,9 +201,9 @@ class Grid(Part):
     def keep(self, leaf: CompressedLinear, given: CompressedLinear) -> CompressedLinear:
         opened, leaf = leaf.base, dataclasses.replace(leaf, base=leaf.base.inner)
         w, scales, zeros = opened.unpack(base_target(leaf))
-        codes, _ = self.grid.round(w, scales, zeros)
+        codes, _ = opened.grid.round(w, scales, zeros)
         codes = codes.reshape(leaf.d_in, leaf.d_out)
-        base = self.grid.pack(codes, scales[:, 0].astype(self.grid.dtype), zeros[:, 0])
+        base = opened.grid.pack(codes, scales[:, 0].astype(opened.grid.dtype), zeros[:, 0])
         return replace_base(leaf, base)
 
     def optimizers(self, width: int, updates: int) -> dict[str, optax.GradientTransformation]:

@@ -39,6 +39,10 @@ class Part:
     def named(self: Self, method: str) -> Self:
         return replace(self, method=method)
 
+    def suit(self: Self, leaf: CompressedLinear) -> Self:
+        """Returns the part as it is for one weight; reads how large that is."""
+        return self
+
     def begin(self, leaf: CompressedLinear, key: jax.Array) -> CompressedLinear:
         """Returns a weight as its training begins; the very same one where it has all it needs.
 

@@ -9,6 +9,8 @@ import pytest
 from lqec_jax.errors import InputError
 from lqec_jax.io.exports.integer_weights import (
     as_words,
+    cast_scales,
+    describe_wide,
     is_packed,
     pack_rows,
     read_affine,
@@ -79,3 +81,21 @@ def test_what_it_cannot_hold_is_named(value, what):
         read_affine(place(value), "gptq", (2, 3, 4, 8))
     assert str(said.value).startswith("export: blocks/0/q/kernel has ") and what in str(said.value)
     assert "\n" not in str(said.value)
+
+
+def test_scales_that_a_dtype_takes_for_zero_are_refused():
+    half = np.dtype(np.float16)
+    scales = np.array([[1e-9, 0.5, 0.0]], np.float32)
+    with pytest.raises(InputError, match="blocks/0/q has 1 scales that float16 takes for zero"):
+        cast_scales(scales, half, "blocks/0/q")
+    np.testing.assert_array_equal(cast_scales(scales, None, "q"), scales)
+    assert cast_scales(scales[:, 1:], half, "q").dtype == half
+
+
+def test_scales_that_float16_does_not_hold_are_said():
+    base = leaf().base
+    fine = replace(base, scales=base.scales.astype(jnp.float32) * (1 + 2**-13))
+    bases = [base, fine, *(replace(base, scales=fine.scales * by) for by in (1e-9, 1e9))]
+    (line,) = describe_wide("gptq", bases)
+    assert line.startswith("2 linears have float32 scales that float16 does not hold")
+    assert describe_wide("gptq", bases[:2]) == []
