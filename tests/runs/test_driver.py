@@ -240,7 +240,8 @@ def make_broken(layer_norm_of_w):
 
 def test_a_step_that_makes_nan_is_stopped_and_the_weight_named(folder, teacher, tmp_path):
     w = weight(teacher, 1, "mlp/up")
-    recipe = Recipe((*parse_recipe("rtn(bits=4, group_size=32)").steps, make_broken(float(jnp.abs(w).sum()))))
+    first = parse_recipe("rtn(bits=4, group_size=32)").steps
+    recipe = Recipe((*first, make_broken(float(jnp.abs(w).sum()))))
     with pytest.raises(FloatingPointError, match=r"broken made blocks/1/mlp/up non-finite"):
         lqec.compress(folder / "model", recipe, TOKENS, seqlen=SEQLEN, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
