@@ -115,9 +115,10 @@ def test_adapters_are_the_factors_of_corrections():
     assert chosen({"blocks": (block(),)}, "adapters") == {".corrections[0].a", ".corrections[0].b"}
 
 
-def test_scales_are_the_floating_arrays_of_bases():
-    assert chosen(block(), "scales") == {".base.scales", ".base.zeros"}
-    assert chosen(block(zeros=False), "scales") == {".base.scales"}
+def test_scales_and_zeros_are_the_floating_arrays_of_bases():
+    assert chosen(block(), "scales") == {".base.scales"}
+    assert chosen(block(), "zeros") == {".base.zeros"}
+    assert chosen(block(zeros=False), "zeros") == set()
     packed = set_at(
         block(),
         "attn/q/kernel",
@@ -127,6 +128,7 @@ def test_scales_are_the_floating_arrays_of_bases():
         ),
     )  # fmt: skip
     assert chosen(packed, "scales") == {".base.scales"}
+    assert chosen(packed, "zeros") == set()
 
 
 def test_any_function_of_path_and_array_selects():
