@@ -91,40 +91,48 @@ def test_arrays_are_placed_like_what_they_are_to_replace(opened):
         assert came.sharding == like.sharding
 
 
-def damage(path, place):
+def damage(path):
+    """Flips one bit in the middle."""
     data = bytearray(path.read_bytes())
-    data[place % len(data)] ^= 1
+    if data:
+        data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
 
 
-# Where reading fails, Orbax leaves futures of an event loop that it has closed.
+def restore_once(folder):
+    """Opens, restores and closes, so that nothing of it outlives the call."""
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.restore(zeros_like(make_state()))
+    except InputError as error:
+        return str(error)
+    finally:
+        checkpoints.close()
+
+
+# Where reading fails, Orbax leaves coroutines that nobody awaits.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_a_damaged_state_is_refused_by_name_with_a_way_out(opened, tmp_path):
     first = opened()
     first.save(5, make_state(5), {"best": 0})
     first.close()
-    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
-    whole = {path: path.read_bytes() for path in files}
-    refused = set()
-    for path in files:
+    folder, refused = tmp_path / "training", 0
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        data = path.read_bytes()
         # The middle of a file; what Orbax does not read may be anything, what it reads may not.
-        for change in (lambda p: damage(p, len(whole[p]) // 2), lambda p: p.write_bytes(b"")):
-            if not whole[path]:
-                continue
-            change(path)
-            try:
-                came = opened().restore(zeros_like(make_state()))
-            except InputError as error:
-                assert "\n" not in str(error) and "--resume" in str(error)
-                assert str(tmp_path / "training") in str(error)
-                refused.add(path)
-            else:
-                if came is not None:  # otherwise it is no state any more, and training begins anew
-                    check_same_bits(came[0], make_state(5))
-                    assert came[1] == {"best": 0}
-            path.write_bytes(whole[path])
-    gc.collect()  # so that they are of this test
-    assert refused
+        for change in (lambda path=path: damage(path), lambda path=path: path.write_bytes(b"")):
+            change()
+            came = restore_once(folder)
+            if isinstance(came, str):
+                assert "\n" not in came and "--resume" in came and str(folder) in came
+                refused += 1
+            elif came is not None:  # otherwise it is no state any more, and training begins anew
+                check_same_bits(came[0], make_state(5))
+                assert came[1] == {"best": 0}
+            path.write_bytes(data)
+    assert refused > 2
+    gc.collect()  # what was left behind is of this test
 
 
 def test_other_numbers_in_whole_files_are_noticed(opened, monkeypatch):

@@ -5,7 +5,7 @@ run reads and hashes every piece again, on as many threads as there are cores. T
 checking takes less than 1.3 times as long as reading the same file alone.
 
 "Write" fills a stream, flush included, and computes nothing, so nothing hides the hashing: in a run
-every row comes out of a block's forward pass. "Check" is against reading the file by one thread;
+every row comes out of a block's forward pass. The machine did other work too. "Check" is against reading the file by one thread;
 "cold" has its pages dropped from memory before, as they are when a run is taken up again. Every
 figure is the least of three runs, with and without by turns.
 """
