@@ -120,7 +120,8 @@ def _check_inputs(made: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> No
 
 def _find_unlike(meta: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is not as it was when the artifact was made."""
-    now, then = describe_environment()["versions"], meta.get("versions", {})
+    now, then = describe_environment()["versions"], meta.get("versions")
+    then = then if isinstance(then, dict) else {}
     for name in now:
         if now[name] != then.get(name):
             yield f"{name} was {then.get(name)}, is {now[name]}"

@@ -116,3 +116,17 @@ def test_an_unfinished_run_is_found_by_either_name(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "an unfinished run" in out and "2 blocks of the next" in out and "--resume" in out
     shutil.rmtree(folder / "new.partial")
+
+
+def test_what_was_changed_since_is_shown(folder, tmp_path, capsys):
+    assert inspect(folder / "out", capsys)["changed"] == []
+    copy = shutil.copytree(folder / "out", tmp_path / "copy")
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"rope_theta": 5e5}))
+    assert inspect(copy, capsys)["changed"] == ["config.json is not as written (sha256)"]
+    assert main(["inspect", str(copy)]) == 0
+    assert "changed since: config.json is not as written (sha256)" in capsys.readouterr().out
+    meta = json.loads((copy / "lqec.json").read_text())
+    del meta["digests"], meta["made"]
+    (copy / "lqec.json").write_text(json.dumps(meta))
+    assert inspect(copy, capsys)["changed"] is None

@@ -186,7 +186,7 @@ def load_shapes(folder: Path) -> tuple[dict, Checkpoint, ModelConfig, Params]:
         _check_shapes(config, tree)
         if blocks:
             raise ValueError(f"there are blocks {', '.join(blocks)} more")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:200]

@@ -228,6 +228,11 @@ CHANGES = {
         lambda m: m["weights"]["blocks/0/mlp/down"]["base"].update(bits=4),
         "do not belong together",
     ),
+    "bits beyond any": (
+        META,
+        lambda m: m["weights"]["blocks/0/mlp/down"]["base"].update(bits=2**31),
+        "do not belong together",
+    ),
     "an unknown operator": (
         META,
         lambda m: m["weights"]["blocks/0/attn/q"]["base"].update(format="trellis"),
