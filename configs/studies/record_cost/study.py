@@ -6,8 +6,8 @@ checking takes less than 1.3 times as long as reading the same file alone.
 
 "Write" fills a stream, flush included, and computes nothing, so nothing hides the summing: in a run
 every row comes out of a block's forward pass. The machine did other work too. "Check" is against
-reading the file by one thread; "cold" has its pages dropped from memory before, as they are when a run is taken up again. Every
-figure is the least of three runs, with and without by turns.
+reading the file by one thread; "cold" has its pages dropped from memory before, as they are when a
+run is taken up again. Every figure is the least of three runs, with and without by turns.
 """
 
 import argparse
