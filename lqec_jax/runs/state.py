@@ -113,9 +113,9 @@ def _is_file(value: Any) -> bool:
 
 
 def _is_stream(value: Any) -> bool:
-    if not (isinstance(value, dict) and set(value) == {"slot", "bytes", "cut", "sha256"}):
+    if not (isinstance(value, dict) and set(value) == {"slot", "bytes", "cut", "sums"}):
         return False
-    pieces = value["sha256"]
+    pieces = value["sums"]
     whole = _is_count(value["bytes"]) and _is_count(value["cut"]) and value["cut"] > 0
     return (
         whole

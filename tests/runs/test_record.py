@@ -8,7 +8,14 @@ import pytest
 
 from lqec_jax.core.disk import map_array
 from lqec_jax.errors import InputError
-from lqec_jax.runs.record import StreamWriter, check_file, check_size, describe_file
+from lqec_jax.runs.record import (
+    StreamWriter,
+    check_file,
+    check_size,
+    describe_file,
+    read_parts,
+    sum_piece,
+)
 
 SHAPE = (5, 8, 3)  # five windows, of which two walk together
 
@@ -23,6 +30,16 @@ def stream(tmp_path):
     return tmp_path / "s.bin", values, writer.finish()
 
 
+def sum_by_hand(piece):
+    """Sums a piece of less than a MiB as the module says, in integers of any length."""
+    whole = len(piece) // 8 * 8
+    words = [int.from_bytes(piece[at : at + 8], "little") for at in range(0, whole, 8)]
+    sums = (sum(words), sum((2 * i + 1) * word for i, word in enumerate(words)),
+            int.from_bytes(piece[whole:], "little"), len(piece))  # fmt: skip
+    kept = b"".join((value % 2**64).to_bytes(8, "little") for value in sums)
+    return hashlib.sha256(kept).hexdigest()
+
+
 def refusal(path, record):
     with pytest.raises(InputError) as said:
         check_file(path.parent, path.name, record)
@@ -34,7 +51,7 @@ def test_a_stream_is_hashed_as_it_is_written(stream):
     path, values, record = stream
     pieces = [values[rows].tobytes() for rows in (slice(0, 2), slice(2, 4), slice(4, 5))]
     assert path.read_bytes() == b"".join(pieces)
-    assert record["sha256"] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
+    assert record["sums"] == [sum_by_hand(piece) for piece in pieces]
     assert (record["bytes"], record["cut"]) == (values.nbytes, len(pieces[0]))
     check_file(path.parent, path.name, record)
 
@@ -86,5 +103,19 @@ def test_a_size_alone_can_be_checked(tmp_path):
 def test_a_stream_that_nobody_resumes_is_not_hashed(tmp_path):
     writer = StreamWriter(map_array(tmp_path / "s.bin", np.float32, (2, 2)), hashed=False)
     writer.put(slice(0, 2), np.ones((2, 2)))
-    assert writer.finish()["sha256"] == []
+    assert writer.finish()["sums"] == []
     np.testing.assert_array_equal(np.fromfile(tmp_path / "s.bin", np.float32), np.ones(4))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 1000, (1 << 20) + 5])
+def test_a_sum_sees_neither_how_it_was_read_nor_less_than_all(tmp_path, size):
+    data = np.random.RandomState(size).bytes(size)
+    (tmp_path / "a").write_bytes(data)
+    came = sum_piece(read_parts(tmp_path / "a", 0, size))
+    assert came == sum_piece([memoryview(data)]) != sum_piece([memoryview(data + b"\0")])
+    if size < 1 << 20:
+        assert came == sum_by_hand(data)
+    for place in {0, size // 2, size - 1}:
+        changed = bytearray(data)
+        changed[place] ^= 128
+        assert sum_piece([memoryview(bytes(changed))]) != came

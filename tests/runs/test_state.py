@@ -8,7 +8,7 @@ from lqec_jax.errors import InputError
 from lqec_jax.runs.state import DIGEST, FACTS, STATE, has_digest, read_state, write_state
 
 FILE = {"bytes": 3, "sha256": "a" * 64}
-STREAM = {"slot": 1, "bytes": 10, "cut": 4, "sha256": ["b" * 64] * 3}
+STREAM = {"slot": 1, "bytes": 10, "cut": 4, "sums": ["b" * 64] * 3}
 STATE_OF_A_RUN = {
     "fingerprint": {"recipe": "rtn(bits=2)", "seed": 0},
     "phase": 1,
@@ -62,7 +62,7 @@ def test_a_state_of_before_digests_is_read(tmp_path):
         ("fits", {}), ("fits", [{}]), ("stages", [{"phase": 0, "name": "x"}]), ("fisher", 1),
         ("artifact", "yes"), ("files", {"a": {}}), ("files", {"a": FILE | {"bytes": -1}}),
         ("streams", {"a": STREAM | {"slot": 2}}), ("streams", {"a": STREAM | {"cut": 0}}),
-        ("streams", {"a": STREAM | {"sha256": ["b" * 64]}}),
+        ("streams", {"a": STREAM | {"sums": ["b" * 64]}}),
     ],
 )  # fmt: skip
 def test_a_fact_of_another_kind_is_named(tmp_path, name, value):

@@ -1,13 +1,13 @@
 """What the record of a run's streams costs: seconds to write and to check them, against without.
 
-A stream's rows are hashed by sha256 as they are made, on a thread beside the computation; a resumed
-run reads and hashes every piece again, on as many threads as there are cores. The claim to be held:
+A stream's rows are summed as they are made, on a thread beside the computation; a resumed
+run reads and sums every piece again, on as many threads as there are cores. The claim to be held:
 checking takes less than 1.3 times as long as reading the same file alone.
 
-"Write" fills a stream, flush included, and computes nothing, so nothing hides the hashing: in a run
-every row comes out of a block's forward pass. The machine did other work too. "Check" is against reading the file by one thread;
-"cold" has its pages dropped from memory before, as they are when a run is taken up again. Every
-figure is the least of three runs, with and without by turns.
+"Write" fills a stream, flush included, and computes nothing, so nothing hides the summing: in a run
+every row comes out of a block's forward pass. The machine did other work too. "Check" is against
+reading the file by one thread; "cold" has its pages dropped from memory before, as they are when a
+run is taken up again. Every figure is the least of three runs, with and without by turns.
 """
 
 import argparse
