@@ -91,6 +91,18 @@ def test_what_is_left_out_stays_whatever_moves(parts):
     assert not np.array_equal(given["up"].base.scales, kept["up"].base.scales)
 
 
+def test_what_is_left_out_is_named_by_its_whole_path(plain):
+    leaf = plain.params["blocks"][0]["mix"]["kernel"]
+    block = {"mlp": {name: {"kernel": leaf} for name in ("down", "down2")}}
+    moves = training_of(make_step(leave_out=("mlp/down",))).moves
+    found = {
+        jax.tree_util.keystr(path)
+        for path, array in jax.tree_util.tree_leaves_with_path({"blocks": (block,)})
+        if moves(path, array)
+    }
+    assert len(found) == 3 and all("['down2']" in text for text in found)
+
+
 def test_numbers_are_counted_and_sizes_known_from_shapes(plain):
     leaf = jax.eval_shape(lambda: plain.params["blocks"][0]["mix"]["kernel"])
     step = make_step([Scales(), Zeros(), Adapters()])

@@ -178,19 +178,6 @@ def test_without_a_learning_rate_b_moves_as_far_at_every_rank(rank):
     np.testing.assert_allclose(np.abs(ours.b), LR_TIMES_WIDTH / width, rtol=1e-4)
 
 
-def test_what_is_left_out_of_several_is_named_by_its_path():
-    part = Adapters(leave_out=("mlp/down",))
-    block = {"mlp": {name: {"kernel": leaf_of(LowRank(jnp.ones((D, 2)), jnp.ones((2, FF))))}
-                     for name in ("down", "down2")}}  # fmt: skip
-    labels = {
-        jax.tree_util.keystr(path): part.label(path, array)
-        for path, array in jax.tree_util.tree_leaves_with_path({"blocks": (block,)})
-    }
-    moving = {path for path, label in labels.items() if label == "adapters"}
-    assert len(moving) == 2 and all("['down2']" in path for path in moving)
-    assert {label for path, label in labels.items() if path not in moving} == {None}
-
-
 def test_it_counts_those_that_are_there_or_those_it_would_add():
     part = Adapters(rank=3)
     assert part.count(leaf_of()) == 3 * (D + FF)

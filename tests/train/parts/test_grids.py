@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lqec_jax.core.group_grid import GroupGrid
+from lqec_jax.core.scales import smallest
 from lqec_jax.errors import InputError
 from lqec_jax.train.parts import Grid, Scales, Zeros
-from lqec_jax.train.parts.grids import OnGrid, store_scale
+from lqec_jax.train.parts.grids import OnGrid
 from lqec_jax.train.rates import Rates
 from lqec_kernels.bitplanes import BitPlanes
 from lqec_kernels.formats import Affine, CompressedLinear, Dense, LowRank
@@ -57,11 +58,18 @@ def test_scales_alone_move_and_are_stored_as_they_came():
 
 
 def test_scales_stay_within_what_their_dtype_holds_and_keep_their_sign():
-    half = store_scale(jnp.float16, jnp.array([0.0, 1e-9, 1e6, -1e-9, -1e6, 0.3, -0.3]))
-    tiny, most = 2.0**-14, 65504.0
-    wanted = np.array([tiny, tiny, most, -tiny, -most, 0.3, -0.3], np.float16)
-    np.testing.assert_array_equal(half, wanted)
-    assert store_scale(jnp.float32, W) is W
+    """None becomes zero, or infinite: the nearest that is neither stands for it."""
+    moved = jnp.array([[0.0, 1e-9, 1e6, -1e-9, -1e6, 0.3, -0.3, 1.0]])
+    codes = jnp.zeros((16, 8), jnp.uint8)
+    given = CompressedLinear(
+        Affine.from_codes(codes, jnp.ones((1, 8), jnp.float16), None, bits=2, group_size=16)
+    )
+    trained = replace(given, base=replace(given.base, scales=moved))
+    least, most = smallest(jnp.float16), 65504.0
+    wanted = np.array([[least, least, most, -least, -most, 0.3, -0.3, 1.0]], np.float16)
+    np.testing.assert_array_equal(Scales().keep(trained, given).base.scales, wanted)
+    exact = replace(given, base=replace(given.base, scales=jnp.ones((1, 8))))
+    assert Scales().keep(trained, exact).base.scales is moved
 
 
 def test_a_base_s_own_names_of_scales_are_found():
