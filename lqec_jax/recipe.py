@@ -223,7 +223,7 @@ class _Seen:
         self.turned |= sides
 
     def _add_trainings(self, step: Step) -> None:
-        if step.scope == "block":
+        if "bits" in step.arguments:  # one that makes a base
             if self.rounded:
                 self.notes.append(
                     f"recipe: {step.name} begins at what {self.rounded} has rounded, and rounds "

@@ -223,6 +223,7 @@ def test_a_chain_that_is_good_for_nothing_is_refused_where_it_is_run(text, reaso
         "gptq() | e2e_qp() | lrec()",
         "quantize_input() | caldera(quantizer=gptq(bits=2))",
         "finetune(rank=4)",
+        "rtn() | rilq(scope='block') | rilq(scope='linear')",
     ],
 )
 def test_a_chain_that_is_good_for_something_passes(text):
@@ -233,6 +234,7 @@ def test_a_chain_that_is_good_for_something_passes(text):
     ("text", "said"),
     [
         ("rilq()", "no step before rilq changes a weight"),
+        ("rilq(scope='block')", "no step before rilq changes a weight"),
         ("hadamard() | lrec()", "no step before lrec changes a weight"),
         ("rtn() | loftq(quantizer=nf(bits=2))", "loftq makes a base of its own in the place of rt"),
         ("gptq() | block_ap()", "block_ap begins at what gptq has rounded"),

@@ -10,7 +10,14 @@ from tests.guard.record import HASHES, ROWS, Runner, describe_environment, read_
 
 # "row/file" -> why it may differ from what was recorded. Its new hash is kept beside the old one by
 # `python -m tests.guard.record --allowed "row/file"`.
-ALLOWED: dict[str, str] = {}
+ORDER = "statistics of inputs are summed in one order, whatever threads there are"
+ALLOWED: dict[str, str] = {
+    "tiny caldera/model.safetensors": ORDER,
+    "tiny caldera/report.json": ORDER,
+    "tiny e8p/report.json": ORDER,
+    "tiny gptq_rilq/report.json": ORDER,
+    "tiny slim/report.json": ORDER,
+}
 # Each compiles for ten seconds, and trains nothing.
 SLOW = {"tiny e8p", "tiny caldera"}
 

@@ -69,7 +69,8 @@ def test_documents_with_a_bos_of_their_own_are_said(folder, tmp_path):
 
 
 def test_few_tokens_and_a_chain_that_is_seldom_meant_are_said_before_work(folder):
-    said = job(folder, recipe="rtn(group_size=16) | loftq(rank=2, quantizer=gptq(group_size=16))", windows=2).text.notes
+    twice = "rtn(group_size=16) | loftq(rank=2, quantizer=gptq(group_size=16))"
+    said = job(folder, recipe=twice, windows=2).text.notes
     assert said[0].startswith("recipe: loftq makes a base of its own")
     assert said[1].startswith("statistics: of 32 tokens for ") and len(said) == 2
     assert job(folder, recipe="rtn(bits=2, group_size=16)", windows=2).text.notes == ()
