@@ -292,10 +292,11 @@ def finetune(
     out = None if out is None else Path(out)
     if out is not None:
         check_run(out, resume=resume, overwrite=overwrite)
-    model = model if isinstance(model, Model) else load(model, dtype, check)
+    if not isinstance(model, Model):
+        model = load(model, dtype, check)
+        check_drawn(model.report, model.folder)
     given = {name: value for name, value in settings.items() if value is not None}
     rows = Rows(data, val, val_ratio, seqlen)
-    check_drawn(model.report, model.folder)
     job = prepare_tuning(model, rows, epochs=epochs, seed=seed, settings=given)
     mesh_name = "one device" if mesh is None else str(dict(mesh.shape))
     run = Run.begin(out, job.fingerprint | {"mesh": mesh_name}, resume=resume, overwrite=overwrite)

@@ -145,7 +145,7 @@ def test_a_damaged_report_is_refused_before_any_training(folder, capfd):
         (folder / f"hurt-{name}" / "report.json").write_text(json.dumps(report | changes))
         assert main(command(folder, f"hurt-{name}", "refused")) == 2
         said = capfd.readouterr().err
-        assert f"report.json: {name} is missing or of another kind" in said
+        assert f"report.json: {name} is " in said and "move it away" in said
         assert not (folder / "refused.partial").exists()
 
 
