@@ -22,6 +22,9 @@ RECIPES = {
 }
 WEIGHTS = "model.safetensors"
 
+# Of safetensors files of two blocks, at most so many bytes say what is in them.
+HEADERS = 2 * 4096
+
 
 class CountingFile:
     """A file that says how many bytes of it were asked for."""
@@ -118,9 +121,11 @@ def test_dense_bytes_are_read_twice_and_packed_ones_written_twice(folder, name, 
     # A streamed phase into the run's folder, the result into the artifact; no more.
     assert 0 < meter.written["run"] <= blocks == meter.written["artifact"]
     assert set(meter.written) == {"run", "artifact"}
-    # What is in memory is not read; at the end the artifact is, once.
-    assert meter.before["run"] == meter.before["artifact"] == meter.read["run"] == 0
-    assert meter.read["artifact"] == (out / WEIGHTS).stat().st_size
+    # A file of the run is read once, for the digest on record; at the end the artifact is twice, to
+    # be compared with memory and for its own.
+    assert meter.read["run"] == meter.before["run"] <= blocks + HEADERS
+    assert meter.before["artifact"] == 0
+    assert meter.read["artifact"] == 2 * (out / WEIGHTS).stat().st_size
 
 
 @pytest.mark.parametrize(("name", "times"), [("rtn", 0), ("rtn | rilq", 1)])
