@@ -259,7 +259,12 @@ def test_swapped_blocks_are_refused(begun, out):
 def test_what_was_not_committed_may_be_anything(begun, out):
     (begun / "phase-1" / "block-1.safetensors").write_bytes(b"half")
     (begun / "streams" / "student-0.bin").write_bytes(b"half")
-    begin(out, resume=True)
+    before = read_state(begun)
+    run = begin(out, resume=True)
+    assert run.notes == () and run.artifact is None
+    assert {name: run.state[name] for name in ("phase", "blocks")} == {
+        name: before[name] for name in ("phase", "blocks")
+    }
 
 
 def test_a_damaged_artifact_that_waits_for_its_name_is_made_again(begun, out):
