@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lqec_jax.io.sources.hf import Checkpoint, check_tensors
-from tests.io.sources.test_hf import open_model, refusal, weights, write_folder
+from tests.io.sources.folders import open_model, refusal, weights, write_folder
 
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
