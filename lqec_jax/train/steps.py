@@ -92,6 +92,10 @@ class Training:
             return False
         return find_label(self.parts, path, array) is not None
 
+    def leaves_out(self, fns: ModelFns, number: int) -> bool:
+        """Says whether a linear stays as it is, by the number that `sites.map_model` counts."""
+        return fns.linears[number % len(fns.linears)] in self.leave_out
+
     def _leaves_out(self, path: tuple) -> bool:
         keys = (key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         linear = sites.linear_path("/".join(map(str, keys))) or ""
@@ -165,7 +169,7 @@ def make_training(
     training = Training(name, parts, loss, schedule, keys, left, describe)
     run = {"model": train_model, "block": train_block}[scope]
     if isinstance(loss, Moments):
-        run = train_weights
+        run = fit_weights
     scratch = getattr(loss, "scratch_bytes", lambda vocab: 0)
     if arguments is None:
         arguments = {"parts": parts, "loss": loss, "schedule": schedule}
@@ -239,11 +243,6 @@ def train_block(training: Training, problem: BlockProblem) -> Solution:
     return Solution(block, fitted.history, fitted.best_update, fitted.notes)
 
 
-def train_weights(training: Training, problem: BlockProblem) -> Solution:
-    """Trains a block's weights one after another, on moments; see `train.moments.fit_weights`."""
-    return fit_weights(training, problem)
-
-
 @dataclass(frozen=True)
 class _In:
     """Selects what moves of a block, nothing of what the loss reads beside it."""
@@ -264,10 +263,8 @@ def _check_mesh(training: Training, mesh: Any) -> None:
 
 
 def _begin(training: Training, fns: ModelFns, params: Params, key: jax.Array) -> Params:
-    linears = fns.linears
-
     def begin(leaf: CompressedLinear, number: int) -> CompressedLinear:
-        if linears[number % len(linears)] in training.leave_out:
+        if training.leaves_out(fns, number):
             return leaf
         return training.begin(leaf, jax.random.fold_in(key, number))
 
@@ -282,7 +279,7 @@ def _finish(
     trained = begun if fitted.best_update == 0 else fitted.params
 
     def store(leaf: CompressedLinear, number: int) -> CompressedLinear:
-        if fns.linears[number % len(fns.linears)] in training.leave_out:
+        if training.leaves_out(fns, number):
             return leaf
         return training.store(leaf, first[number], moved=fitted.best_update > 0)
 

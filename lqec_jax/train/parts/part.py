@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from lqec_jax.core.bases import replace_base
+from lqec_jax.core.scales import store_number
 from lqec_jax.train.rates import Rates
 from lqec_kernels.formats import CompressedLinear, Dense
 
@@ -110,8 +111,7 @@ def store_as(before: jax.Array, after: jax.Array) -> jax.Array:
     """Returns an array in the dtype that it had, within its range."""
     if before.dtype == after.dtype:
         return after
-    limits = jnp.finfo(before.dtype)
-    return jnp.clip(after, limits.min, limits.max).astype(before.dtype)
+    return store_number(after, before.dtype)
 
 
 def put_weight(leaf: CompressedLinear, w: jax.Array) -> CompressedLinear | jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lqec_jax.core.scales import store_number
 from lqec_jax.core.tree import SELECTIONS
 from lqec_jax.errors import InputError
 from lqec_jax.train.parts.adapters import (
@@ -18,7 +19,7 @@ from lqec_jax.train.parts.adapters import (
     find_rounded,
     store_adapters,
 )
-from lqec_jax.train.parts.part import Part, attributes, is_floating, store_as
+from lqec_jax.train.parts.part import Part, attributes, is_floating
 from lqec_kernels.adapters import QuantizedLowRank, round_columns
 from lqec_kernels.fields import static
 from lqec_kernels.formats import CompressedLinear, LowRank
@@ -128,8 +129,8 @@ class StoredAdapters(Tuned):
         kept = iter(dtypes)
 
         def as_it_came(adapter: LowRank) -> LowRank:
-            like = jnp.zeros((), next(kept))
-            a, b = store_as(like, adapter.a), store_as(like, adapter.b)
+            dtype = next(kept)
+            a, b = store_number(adapter.a, dtype), store_number(adapter.b, dtype)
             return dataclasses.replace(adapter, a=a, b=b)
 
         stored = _change(stored, LowRank, as_it_came)
